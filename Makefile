@@ -1,0 +1,44 @@
+# make demo   sets everything up and runs the demo     make test   sets everything up and runs checks and tests
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Setup is redone when the content of any of these changes, not when a checkout touches their dates.
+SETUP_INPUTS := pyproject.toml constraints.txt $(wildcard polarkv_sglang/transport/*.c)
+STAMP := $(VENV)/.setup-$(shell cat $(SETUP_INPUTS) | sha256sum | cut -c1-16)
+
+.PHONY: setup demo test test-full lint format clean
+
+setup: $(STAMP)
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "== virtual environment in $(VENV): SGLang and its dependencies, about 11 GB and some minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/.setup-*
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m examples.smollm2
+	$(BIN)/python -m examples.demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-full: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) models demo.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find polarkv_sglang examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find polarkv_sglang -name '*.so' -delete

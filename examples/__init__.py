@@ -1,0 +1,1 @@
+"""Demos and benchmarks; run them from the repository's root with `python -m examples.NAME`."""

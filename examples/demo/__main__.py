@@ -1,0 +1,131 @@
+"""Conversations that outgrow L1 and L2, with the pool and without it, before and after a restart."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tokenizers import Tokenizer
+
+from examples.demo.conversations import CONVERSATIONS
+from examples.demo.play import PAGE_TOKENS, Demo
+from examples.demo.processes import Process, engine, free_ports, memory_node, say
+from examples.demo.report import is_restored, summary, table, write_json
+from examples.smollm2 import DEFAULT_TARGET
+from polarkv_sglang.errors import PolarError
+
+TURNS_BEFORE_RESTART = 3
+# L1 holds one conversation of about 3,000 tokens, L2 (1.5 times as much) two: five in turn outgrow both.
+L1_TOKENS = 4096
+L2_RATIO = 1.5
+POOL_CAPACITY = "2GiB"
+
+
+def shared_flags() -> list[str]:
+    """What both engines are started with."""
+    flags = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(L1_TOKENS)]
+    flags += ["--enable-hierarchical-cache", "--hicache-ratio", str(L2_RATIO), "--sleep-on-idle"]
+    if not torch.accelerator.is_available():
+        flags += ["--dtype", "float32"]
+    return flags
+
+
+def start(processes: list[Process]) -> None:
+    for process in processes:
+        say(f"starting {process.name}:\n\n    {process.command_line()}\n")
+        process.start()
+    for process in processes:
+        process.wait_until_ready()
+        say(f"{process.name} is ready")
+
+
+def run(model: Path, sessions: int, spill: str | None, logs: Path) -> Demo:
+    """Play everything; all processes have ended when this returns or raises."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    node_port, polarkv_port, plain_port = free_ports(3)
+    polarkv_flags = ["--enable-polarkv", "--polarkv-nodes", f"127.0.0.1:{node_port}"]
+    if spill:
+        polarkv_flags += ["--polarkv-spill", spill]
+    node = memory_node(node_port, POOL_CAPACITY, logs / "node.log")
+    engines = [
+        engine(
+            "SGLang with PolarKV", model, polarkv_port, shared_flags() + polarkv_flags, logs / "polarkv.log"
+        ),
+        engine("plain SGLang", model, plain_port, shared_flags(), logs / "plain.log"),
+    ]
+    demo = Demo(tokenizer, sessions, polarkv_port, plain_port)
+    with ExitStack() as stack:
+        for process in (node, *engines):
+            stack.callback(process.stop)
+        start([node])
+        start(engines)
+        demo.warm_up()
+        for _ in range(TURNS_BEFORE_RESTART):
+            demo.play_round("first")
+        say("stopping both engines; the memory node stays")
+        for process in engines:
+            process.stop()
+        start(engines)
+        demo.warm_up()
+        demo.play_round("after_restart")
+    return demo
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--model", type=Path, default=DEFAULT_TARGET, help="from python -m examples.smollm2")
+    parser.add_argument("--sessions", type=int, default=len(CONVERSATIONS), help="conversations to play")
+    parser.add_argument(
+        "--spill", choices=("evict", "share"), help="PolarKV's spill mode; default: PolarKV's own"
+    )
+    parser.add_argument("--json", type=Path, default=Path("demo.json"), help="where the figures go")
+    parser.add_argument("--logs", type=Path, default=Path("build/demo"), help="folder of the processes' logs")
+    args = parser.parse_args()
+    # What ends a demo from outside must also end the servers it has started.
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGHUP, _end)
+
+    args.logs.mkdir(parents=True, exist_ok=True)
+    for log in args.logs.glob("*.log"):
+        log.unlink()
+    device = "an accelerator" if torch.accelerator.is_available() else "CPU only"
+    say(f"SGLang {version('sglang')}, torch {version('torch')}, {os.cpu_count()} cores, {device}")
+    try:
+        demo = run(args.model, args.sessions, args.spill, args.logs)
+    except PolarError as error:
+        print(f"\nThe demo failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; everything the demo started has ended.", file=sys.stderr)
+        return 130
+    write_json(demo.turns, args.json)
+    print(
+        f"\n{table(demo.turns)}\n\n{summary(demo.turns, demo.no_hit_ratios)}\n\nwritten: {args.json}",
+        flush=True,
+    )
+    return verdict(demo)
+
+
+def verdict(demo: Demo) -> int:
+    """The exit status; says what failed."""
+    for difference in demo.differences:
+        print(f"The demo failed: greedy outputs differ: {difference}", file=sys.stderr)
+    nothing_restored = not any(is_restored(turn) for turn in demo.turns if turn.phase == "after_restart")
+    if nothing_restored:
+        print("The demo failed: the restarted engine took no prefix from the pool", file=sys.stderr)
+    return 1 if demo.differences or nothing_restored else 0
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Playing the conversations on both engines and measuring them."""
+
+from __future__ import annotations
+
+from itertools import islice
+from statistics import median
+
+from tokenizers import Tokenizer
+
+from examples.demo.client import Reply, Tiers, generate
+from examples.demo.conversations import CONVERSATIONS, Session, fresh_prompts
+from examples.demo.processes import say
+from examples.demo.report import Phase, Turn
+from polarkv_sglang.errors import PolarError
+
+PAGE_TOKENS = 16
+MAX_NEW_TOKENS = 16
+L1_REPEATS = 3
+WARM_UP_TOKENS = 3000
+NO_HIT_TOKENS = 1024
+NO_HIT_PAIRS = 8  # per start of the engines
+
+
+class DemoFailed(PolarError):
+    """The demo ran but did not show what it should."""
+
+
+class Demo:
+    """Two engines on one machine, of which one at a time gets a request: with PolarKV, and plain."""
+
+    def __init__(self, tokenizer: Tokenizer, sessions: int, polarkv_port: int, plain_port: int) -> None:
+        self.turns: list[Turn] = []
+        self.no_hit_ratios: list[float] = []
+        self.differences: list[str] = []
+        self._tokenizer = tokenizer
+        self._polarkv_port = polarkv_port
+        self._plain_port = plain_port
+        self._sessions = [Session(conversation, tokenizer) for conversation in CONVERSATIONS[:sessions]]
+        self._starts = 0
+
+    def warm_up(self) -> None:
+        """Fresh prompts for both engines: they warm up, then show what PolarKV costs where nothing hits."""
+        self._starts += 1
+        (long_prompt,) = islice(fresh_prompts(self._tokenizer, WARM_UP_TOKENS, seed=self._starts), 1)
+        say(f"warming up: {WARM_UP_TOKENS} fresh tokens, twice, on each engine")
+        for port in (self._polarkv_port, self._plain_port):
+            for _ in range(2):
+                generate(port, long_prompt, MAX_NEW_TOKENS)
+        say(f"no hit: {NO_HIT_PAIRS} pairs of {NO_HIT_TOKENS} fresh tokens on each engine")
+        prompts = islice(fresh_prompts(self._tokenizer, NO_HIT_TOKENS, seed=100 + self._starts), NO_HIT_PAIRS)
+        for pair, prompt in enumerate(prompts):
+            self.no_hit_ratios.append(self._no_hit_ratio(prompt, polarkv_first=pair % 2 == 0))
+
+    def _no_hit_ratio(self, prompt: list[int], polarkv_first: bool) -> float:
+        if polarkv_first:
+            polarkv, plain = generate(self._polarkv_port, prompt, 1), generate(self._plain_port, prompt, 1)
+        else:
+            plain, polarkv = generate(self._plain_port, prompt, 1), generate(self._polarkv_port, prompt, 1)
+        if tiers_of(polarkv).computed != len(prompt) or plain.cached_tokens:
+            raise DemoFailed(
+                f"a fresh prompt was found in a cache: {polarkv.tiers}, plain {plain.cached_tokens}"
+            )
+        return polarkv.ttft_s / plain.ttft_s
+
+    def play_round(self, phase: Phase) -> None:
+        """One turn of every session; until a session's next turn the others take its place in L1 and L2."""
+        for session in self._sessions:
+            turn = self._play(session, phase)
+            self.turns.append(turn)
+            say(
+                f"{phase} {turn.session} turn {turn.turn}: {turn.prompt_tokens} tokens, {turn.l3} from L3,"
+                f" {turn.computed} computed; TTFT {turn.ttft_s:.3f} s, L1 hit {turn.l1_ttft_s:.3f} s,"
+                f" plain {turn.plain_ttft_s:.3f} s"
+            )
+
+    def _play(self, session: Session, phase: Phase) -> Turn:
+        prompt = session.ask()
+        polarkv = generate(self._polarkv_port, prompt, MAX_NEW_TOKENS)
+        repeats = [generate(self._polarkv_port, prompt, MAX_NEW_TOKENS) for _ in range(L1_REPEATS)]
+        plain = generate(self._plain_port, prompt, MAX_NEW_TOKENS)
+        session.hear(polarkv.output_ids)
+
+        for repeat in repeats:
+            if tiers_of(repeat).l1 < len(prompt) - 2 * PAGE_TOKENS:
+                raise DemoFailed(
+                    f"{session.name} turn {session.turn} again at once was no L1 hit: {repeat.tiers}"
+                )
+        replies = {"plain": plain, **{f"L1 hit {n}": repeat for n, repeat in enumerate(repeats, start=1)}}
+        different = [name for name, reply in replies.items() if reply.output_ids != polarkv.output_ids]
+        self.differences += [
+            f"{phase} {session.name} turn {session.turn}:"
+            f" PolarKV {polarkv.text!r}, {name} {replies[name].text!r}"
+            for name in different
+        ]
+        tiers = tiers_of(polarkv)
+        return Turn(
+            session=session.name,
+            turn=session.turn,
+            phase=phase,
+            prompt_tokens=len(prompt),
+            l1=tiers.l1,
+            l2=tiers.l2,
+            l3=tiers.l3,
+            computed=tiers.computed,
+            ttft_s=polarkv.ttft_s,
+            l1_ttft_s=median(repeat.ttft_s for repeat in repeats),
+            plain_ttft_s=plain.ttft_s,
+            outputs_equal=not different,
+        )
+
+
+def tiers_of(reply: Reply) -> Tiers:
+    """Where the prompt came from; raises DemoFailed if the engine does not say or it does not add up."""
+    if reply.tiers is None:
+        raise DemoFailed("the engine's answer has no meta_info['polarkv']: PolarKV is not active in it")
+    if not reply.tiers.adds_up():
+        raise DemoFailed(f"the tiers do not add up to the prompt: {reply.tiers}")
+    return reply.tiers

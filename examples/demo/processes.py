@@ -1,0 +1,162 @@
+"""Starting and ending the demo's processes, and the command lines it starts."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from polarkv_sglang.errors import PolarError
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 30.0
+PROGRESS_EVERY_S = 10.0
+
+_started_at = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Print a line with the time since the demo began."""
+    print(f"[{time.monotonic() - _started_at:6.1f} s] {text}", flush=True)
+
+
+class ProcessFailed(PolarError):
+    """A process of the demo ended or did not become ready; the text holds the end of its log."""
+
+
+class Process:
+    """A child in a process group of its own, which goes as a whole when the child is stopped."""
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        is_ready: Callable[[], bool],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._environment = environment or {}
+        self._is_ready = is_ready
+        self._log = log
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def command_line(self) -> str:
+        """As one would type it in the current folder."""
+        program = Path(self._command[0])
+        shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self._environment.items()]
+        return " ".join([*assignments, shlex.join([str(shown), *self._command[1:]])])
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self._environment},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Raises ProcessFailed if the child ends, or is not ready within START_TIMEOUT_S."""
+        started = time.monotonic()
+        next_progress = PROGRESS_EVERY_S
+        while not self._is_ready():
+            waited = time.monotonic() - started
+            self.check()
+            if waited > START_TIMEOUT_S:
+                raise ProcessFailed(
+                    f"{self.name} was not ready after {START_TIMEOUT_S:.0f} s\n{self._tail()}"
+                )
+            if waited > next_progress:
+                next_progress += PROGRESS_EVERY_S
+                say(f"  waiting for {self.name} (log: {self._log})")
+            time.sleep(0.25)
+
+    def check(self) -> None:
+        """Raises ProcessFailed if the child has ended."""
+        if self._child is not None and self._child.poll() is not None:
+            raise ProcessFailed(f"{self.name} ended with status {self._child.returncode}\n{self._tail()}")
+
+    def stop(self) -> None:
+        """SIGTERM and wait; then SIGKILL to what is left of its group. Does nothing if nothing runs."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.terminate()
+        try:
+            child.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            say(f"{self.name} ignores SIGTERM; killing it")
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.wait()
+
+    def _tail(self, lines: int = 30) -> str:
+        text = self._log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join([f"--- end of {self._log}", *text])
+
+
+def free_ports(count: int) -> list[int]:
+    """Free TCP ports below the range that outgoing connections take theirs from."""
+    ports: list[int] = []
+    for port in range(31000, 32768):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise ProcessFailed(f"fewer than {count} free TCP ports in 31000-32767")
+
+
+def engine(name: str, model: Path, port: int, flags: list[str], log: Path) -> Process:
+    """An SGLang server; ready when it has answered its own first request."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+    # SGLang compiles a few small functions at the first request, which takes minutes on a CPU.
+    environment = {} if torch.accelerator.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
+    return Process(name, command, lambda: _is_healthy(port), log, environment)
+
+
+def memory_node(port: int, capacity: str, log: Path) -> Process:
+    """A node of the pool; ready when its control port accepts connections."""
+    program = Path(sys.executable).with_name("polarkv")
+    command = [str(program), "node", "--listen", f"127.0.0.1:{port}", "--capacity", capacity]
+    return Process("memory node", command, lambda: _accepts(port), log)
+
+
+def _is_healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True

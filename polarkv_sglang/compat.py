@@ -1,0 +1,112 @@
+"""The surfaces of SGLang that PolarKV builds on, and the check that they are there."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from polarkv_sglang import __version__
+from polarkv_sglang.errors import IncompatibleSGLang
+
+BUILT_FOR = "0.5.23"
+
+
+class Surface(NamedTuple):
+    """A callable of SGLang, and the parameters by which we call or override it."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+
+
+_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
+_CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
+_STORAGE = "sglang.srt.mem_cache.hicache_storage.HiCacheStorage."
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+
+WEIGHT_CHANGES = tuple(
+    _UPDATER + name
+    for name in (
+        "update_weights_from_disk",
+        "update_weights_from_tensor",
+        "update_weights_from_distributed",
+        "update_weights_from_ipc",
+        "begin_weight_update",
+        "end_weight_update",
+        "resume_memory_occupation",
+    )
+)
+STREAMER_CLASS = _SCHEDULER + "get_output_streamer_class"
+BATCH_RESULT = _SCHEDULER + "process_batch_result"
+ADD_FLAGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
+TAKE_FLAGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
+META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
+ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
+
+# Needed in every process, before flags are parsed.
+LAUNCH_SURFACES = (
+    Surface(ADD_FLAGS, ("parser",)),
+    Surface(TAKE_FLAGS, ("args",)),
+    Surface("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
+    Surface(ADAPTER_ID, ("lora_name", "lora_path")),
+    Surface(META_INFO, ("meta_info", "state", "customized_info")),
+)
+# Needed in scheduler processes.
+ENGINE_SURFACES = (
+    Surface("sglang.srt.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),
+    Surface(_CACHE + "reset"),
+    Surface(_CACHE + "insert", ("params",)),
+    Surface(_CACHE + "write_backup_storage", ("node_id",)),
+    Surface(_CACHE + "check_hicache_events"),
+    Surface(_CACHE + "loading_check", ("finish_count",)),
+    Surface(_CACHE + "flush_pending_backups"),
+    Surface(_CACHE + "is_backuped", ("node_id",)),
+    Surface(_CACHE + "_evict_device_leaf", ("node_id", "tracker")),
+    Surface(_CACHE + "_drop_subtree_no_host", ("node_id", "tracker")),
+    Surface(_CACHE + "_execute_and_commit_kv_backup", ("action", "write_back")),
+    Surface(_CACHE + "_handle_prefetch_result", ("operation",)),
+    Surface(_CACHE + "_all_reduce", ("data", "tp_reduce_op")),
+    Surface(_CORE + "collect_path_info", ("end_node_ids",)),
+    Surface(_CORE + "evict_device_start", ("component_type", "request_cnt")),
+    Surface(_CORE + "evict_device_next_node", ("component_type", "tracker")),
+    Surface(_CORE + "evict_device_end", ("component_type",)),
+    Surface(_STORAGE + "batch_exists", ("keys", "extra_info")),
+    Surface(_STORAGE + "batch_get_v1", ("keys", "host_indices", "extra_info")),
+    Surface(_STORAGE + "batch_set_v1", ("keys", "host_indices", "extra_info")),
+    Surface(_STORAGE + "register_mem_pool_host", ("mem_pool_host",)),
+    Surface(STREAMER_CLASS),
+    Surface(BATCH_RESULT, ("batch", "result")),
+    *(Surface(path, ("recv_req",)) for path in WEIGHT_CHANGES),
+)
+
+
+def check_surfaces(surfaces: Iterable[Surface]) -> None:
+    """Raise IncompatibleSGLang, by name and version, for the first surface that SGLang does not have."""
+    for surface in surfaces:
+        try:
+            found = pkgutil.resolve_name(surface.path)
+        except (ImportError, AttributeError) as error:
+            raise _incompatible(f"has no {surface.path}") from error
+        missing = set(surface.parameters) - set(inspect.signature(found).parameters)
+        if missing:
+            raise _incompatible(f"has {surface.path} without {', '.join(sorted(missing))}")
+
+
+def check_hooks(targets: Iterable[str]) -> None:
+    """Raise IncompatibleSGLang for a target that SGLang's hook registry did not wrap: it only logs that."""
+    for target in targets:
+        owner, _, name = target.rpartition(".")
+        found = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+        if not hasattr(getattr(found, "__func__", found), "__wrapped__"):
+            raise _incompatible(f"did not take our hook on {target} (see its log for the cause)")
+
+
+def _incompatible(what: str) -> IncompatibleSGLang:
+    import sglang
+
+    return IncompatibleSGLang(
+        f"SGLang {sglang.__version__} {what}, which PolarKV {__version__} needs; "
+        f"it was built for SGLang {BUILT_FOR}: pip install sglang=={BUILT_FOR}, or a PolarKV for yours"
+    )

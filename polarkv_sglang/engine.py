@@ -1,0 +1,91 @@
+"""PolarKV in a scheduler process: builds the cache and hooks the scheduler, once enabled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from polarkv_sglang import compat
+from polarkv_sglang.accounting import TokenSources, accounting_streamer
+from polarkv_sglang.errors import ConfigError
+from polarkv_sglang.metrics import engine_metrics
+from polarkv_sglang.plugin import BACKEND, config_of
+from polarkv_sglang.radix.cache import PolarRadixCache
+from polarkv_sglang.runtime import current_runtime, start_runtime
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+
+def create_cache(context: TreeCacheBuildContext) -> PolarRadixCache:
+    """SGLang's factory for ``--radix-cache-backend polarkv``.
+
+    Raises ConfigError, IncompatibleSGLang or TransportError, before the engine serves.
+    """
+    from sglang.srt.mem_cache.registry import create_unified_radix_cache
+
+    config = config_of(context.server_args)
+    if config is None:
+        raise ConfigError(f"--radix-cache-backend {BACKEND} is chosen by --enable-polarkv, not by itself")
+    compat.check_surfaces(compat.ENGINE_SURFACES)
+    _hook_scheduler()
+    runtime = start_runtime(config)
+    cache: PolarRadixCache = create_unified_radix_cache(
+        context, cache_class=functools.partial(PolarRadixCache, runtime=runtime)
+    )
+    runtime.bind_model(context.tp_worker.model_runner)
+    return cache
+
+
+def _hook_scheduler() -> None:
+    for target in compat.WEIGHT_CHANGES:
+        HookRegistry.register(target, _change_weights, HookType.AROUND)
+    HookRegistry.register(compat.STREAMER_CLASS, _choose_streamer, HookType.AFTER)
+    HookRegistry.register(compat.BATCH_RESULT, _see_batch, HookType.AFTER)
+    HookRegistry.apply_hooks()
+    compat.check_hooks((*compat.WEIGHT_CHANGES, compat.STREAMER_CLASS, compat.BATCH_RESULT))
+
+
+def _change_weights(
+    change: Callable[..., object], updater: SchedulerWeightUpdaterManager, request: object
+) -> object:
+    """Around whatever changes weights: nothing is shared from before it until the cache holds no old KV."""
+    cache = updater.scheduler.tree_cache if updater.scheduler is not None else None
+    if not isinstance(cache, PolarRadixCache):
+        return change(updater, request)
+    guard = cache.runtime.weights
+    cache.drain_storage()
+    guard.suspend()
+    try:
+        return change(updater, request)
+    finally:
+        idle = updater.is_fully_idle(ignore_waiting=updater.scheduler._engine_paused)
+        guard.settle(cache_is_clean=cache.is_clean and idle)
+
+
+def _choose_streamer(
+    streamer: type[SchedulerOutputStreamer], scheduler: Scheduler
+) -> type[SchedulerOutputStreamer]:
+    metered = bool(scheduler.server_args.enable_metrics)
+
+    def on_finished(finished: list[TokenSources]) -> None:
+        if metered and finished:
+            metrics = engine_metrics()
+            metrics.observe_requests(finished)
+            client = current_runtime().client
+            metrics.observe_pool(client.statistics(), len(client.membership.live))
+
+    return accounting_streamer(streamer, on_finished)
+
+
+def _see_batch(_result: None, scheduler: Scheduler, batch: ScheduleBatch, _batch_result: object) -> None:
+    cache = scheduler.tree_cache
+    if isinstance(cache, PolarRadixCache) and batch.forward_mode.is_extend() and batch.extend_num_tokens:
+        cache.rates.observe_prefill(batch.extend_num_tokens, batch.launch_ts)

@@ -1,0 +1,188 @@
+"""SGLang's entry point into PolarKV: flags, and the cache backend that the flags choose.
+
+Installed, it adds flags and registers a backend that nobody uses; all else happens once
+``--enable-polarkv`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from polarkv_sglang import compat
+from polarkv_sglang.accounting import flatten_meta_info
+from polarkv_sglang.config import PolarConfig, add_flags, build_config, from_flags
+from polarkv_sglang.errors import ConfigError, PolarError
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+BACKEND = "polarkv"
+# An attribute that is not a field of ServerArgs: it travels to the schedulers and is never printed,
+# which a token must not be.
+_CONFIG_ATTRIBUTE = "_polarkv"
+
+_enabled = False  # in this process; LoRA adapters are then named by content
+
+
+def activate() -> None:
+    """Register our hooks; called by SGLang's plugin loader in each of its processes."""
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from polarkv_sglang.platforms import install_cpu_hooks
+
+    install_cpu_hooks()
+    if get_radix_cache_factory(BACKEND) is None:
+        register_radix_cache_backend(BACKEND, _create_cache)
+    HookRegistry.register(compat.ADD_FLAGS, _add_flags, HookType.AFTER)
+    HookRegistry.register(compat.TAKE_FLAGS, _take_flags, HookType.AFTER)
+    HookRegistry.register(compat.ADAPTER_ID, _name_adapter, HookType.AROUND)
+
+
+def server_args(*, polarkv: dict[str, object] | PolarConfig | None = None, **settings: object) -> ServerArgs:
+    """ServerArgs with PolarKV enabled, for ``sglang.Engine(server_args=...)`` and for forks.
+
+    ``polarkv`` holds settings by the names of the config file (None: from the POLARKV_* variables),
+    ``settings`` are SGLang's own. Raises ConfigError or IncompatibleSGLang.
+    """
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    arguments = ServerArgs(**settings)
+    if polarkv is None:
+        config = from_flags(argparse.Namespace())
+    else:
+        config = polarkv if isinstance(polarkv, PolarConfig) else build_config(polarkv)
+    enable(arguments, config)
+    return arguments
+
+
+def enable(arguments: ServerArgs, config: PolarConfig) -> None:
+    """Make an unresolved ServerArgs use PolarKV; starts or joins the embedded memory node if none is named.
+
+    Raises ConfigError for flags that contradict each other, IncompatibleSGLang, NodeError.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    global _enabled
+    compat.check_surfaces(compat.LAUNCH_SURFACES)
+    compat.check_hooks((compat.ADD_FLAGS, compat.TAKE_FLAGS, compat.ADAPTER_ID))
+    if arguments.disable_radix_cache:
+        raise ConfigError("--enable-polarkv needs the radix cache; leave out --disable-radix-cache")
+    if arguments.radix_cache_backend not in (None, BACKEND):
+        raise ConfigError(
+            f"--enable-polarkv brings its own radix cache; leave out --radix-cache-backend "
+            f"{arguments.radix_cache_backend}"
+        )
+    if arguments.hicache_storage_backend not in (None, "dynamic"):
+        raise ConfigError(
+            f"--enable-polarkv is the storage of HiCache; leave out --hicache-storage-backend "
+            f"{arguments.hicache_storage_backend}"
+        )
+    arguments.radix_cache_backend = BACKEND
+    arguments.enable_hierarchical_cache = True
+    arguments.hicache_storage_backend = "dynamic"
+    arguments.hicache_storage_backend_extra_config = _storage_config(
+        arguments.hicache_storage_backend_extra_config
+    )
+    if arguments.hicache_mem_layout == "layer_first":
+        # The default, under which a page lies in two pieces per layer; here in one or two.
+        arguments.hicache_mem_layout = "page_first_direct"
+        arguments.hicache_io_backend = "direct"
+    if config.spill == "evict":
+        arguments.hicache_write_policy = "write_back"
+    if not config.nodes:
+        config = _with_embedded_node(config)
+    setattr(arguments, _CONFIG_ATTRIBUTE, config)
+    HookRegistry.register(compat.META_INFO, flatten_meta_info, HookType.AFTER)
+    HookRegistry.apply_hooks()
+    compat.check_hooks((compat.META_INFO,))
+    _enabled = True
+
+
+def config_of(arguments: ServerArgs) -> PolarConfig | None:
+    """The PolarKV settings of a ServerArgs; None where it is not enabled."""
+    config = getattr(arguments, _CONFIG_ATTRIBUTE, None)
+    return config if isinstance(config, PolarConfig) else None
+
+
+def _with_embedded_node(config: PolarConfig) -> PolarConfig:
+    import msgspec
+
+    from polarkv_sglang.pool.embedded import default_capacity_bytes, start_or_join
+
+    node = start_or_join(capacity_bytes=config.capacity_bytes or default_capacity_bytes(), token=config.token)
+    _lifelines.append(node)
+    return msgspec.structs.replace(config, nodes=(node.address,), token=node.token)
+
+
+_lifelines: list[object] = []  # connections that keep embedded nodes alive as long as this process
+
+
+def _storage_config(given: str | None) -> str:
+    """HiCache's extra config with our storage class in it; the user's own keys stay."""
+    if given is not None and given.startswith("@"):
+        raise ConfigError(
+            f"--hicache-storage-backend-extra-config {given}: with --enable-polarkv give JSON, no file"
+        )
+    try:
+        values = json.loads(given) if given else {}
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--hicache-storage-backend-extra-config is not JSON: {error}") from error
+    return json.dumps(
+        {
+            **values,
+            "backend_name": BACKEND,
+            "module_path": "polarkv_sglang.hicache.storage",
+            "class_name": "PolarStorage",
+            "interface_v1": 1,
+            "hicache_storage_pass_prefix_keys": True,  # a page's place in its prefix decides its memory node
+        }
+    )
+
+
+def _add_flags(_result: None, parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+
+
+def _take_flags(arguments: ServerArgs, _cls: type, args: argparse.Namespace) -> None:
+    if not getattr(args, "enable_polarkv", False):
+        return
+    try:
+        enable(arguments, from_flags(args))
+    except PolarError as error:
+        # As argparse ends for a wrong flag: one line, no trace, before any model is loaded.
+        print(f"polarkv: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _name_adapter(original: object, lora_name: str, lora_path: str) -> str:
+    """LoRA id of an adapter from ``--lora-paths``: by content, where SGLang takes name and path.
+
+    The id is all that tells adapters apart in page hashes. Two engines may have different adapters
+    under one name and path, or one may be trained on between two starts.
+    """
+    assert callable(original)
+    plain = str(original(lora_name, lora_path))
+    if not _enabled:
+        return plain
+    from uuid import NAMESPACE_URL, uuid5
+
+    from polarkv_sglang.identity import digest_adapter
+
+    folder = Path(lora_path)
+    # What an adapter's name on a hub holds is not known here; a fresh id is never shared.
+    content = digest_adapter(folder) if folder.is_dir() else uuid4().hex
+    return uuid5(NAMESPACE_URL, f"{plain}\0{content}").hex
+
+
+def _create_cache(context: object) -> object:
+    from polarkv_sglang.engine import create_cache
+
+    return create_cache(context)

@@ -1,0 +1,52 @@
+"""What a rank asks of the pool: which blocks, where their bytes lie, and which belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from polarkv_sglang.identity import NO_PARENT
+
+
+class Chain(NamedTuple):
+    """Consecutive blocks of one prefix, heads first."""
+
+    keys: Sequence[bytes]  # 16 bytes each
+    parents: Sequence[bytes]  # key of the page before; NO_PARENT for the first page of a prefix
+    anchors: Sequence[bytes]  # key of the first page of the stripe that the block belongs to
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Pieces(NamedTuple):
+    """Where the bytes of each block of a chain lie in registered memory.
+
+    A block is the concatenation of its pieces, all of one length: one piece for MLA, K and V for MHA.
+    """
+
+    addresses: npt.NDArray[np.uint64]  # [blocks, pieces]
+    piece_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        return int(self.addresses.shape[1]) * self.piece_bytes
+
+
+def chain(prefix: Sequence[bytes], keys: Sequence[bytes], stripe_pages: int) -> Chain:
+    """The chain of ``keys`` that follow ``prefix``, the keys of all pages before them.
+
+    A stripe is ``stripe_pages`` consecutive pages counted from the start of the prefix. It is the
+    unit of placement: single pages would scatter a prefix over all memory nodes, so that one dead
+    node cuts nearly every long prefix; whole prompts would use one node's bandwidth only.
+    """
+    first = len(prefix)
+    anchors = []
+    for page in range(first, first + len(keys)):
+        anchor = page - page % stripe_pages
+        anchors.append(prefix[anchor] if anchor < first else keys[anchor - first])
+    before = prefix[-1] if prefix else NO_PARENT
+    return Chain(keys=keys, parents=[before, *keys[:-1]], anchors=anchors)

@@ -1,0 +1,181 @@
+"""PolarRadixCache: SGLang's radix cache, with evicted nodes spilling to the pool."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from polarkv_sglang.radix.policy import CostPolicy, Decision, NodeView, SpillPolicy
+from polarkv_sglang.radix.rates import RateMeter
+from polarkv_sglang.runtime import PolarRuntime, current_runtime
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.cache_controller import PrefetchOperation
+
+logger = logging.getLogger(__name__)
+
+# Scheduler steps between two agreements of the ranks on measured rates.
+_AGREE_STEPS = 256
+# Tokens that are spilled ahead in one scheduler step: keeps the step short.
+_SPILL_AHEAD_TOKENS = 8192
+_ALL_TOKENS = 1 << 60
+_DRAIN_POLL_S = 0.001
+
+
+class PolarRadixCache(UnifiedRadixCache):
+    """SGLang's UnifiedRadixCache with the pool as its third tier.
+
+    Follows SGLang 0.5.23, ``mem_cache/unified_radix_cache.py``. What is spilled, kept or dropped is a
+    policy's decision; how is here. Under HiCache's write-through policies (spill mode ``share``) nodes
+    reach the pool as they are inserted. Under write-back (spill mode ``evict``) they reach it when they
+    leave L1, and cold ones are copied ahead of need, so that no allocation waits for a copy.
+
+    All methods are called by the scheduler thread. Whatever decides about tree nodes uses only what is
+    equal on all ranks: the tree, free tokens, and rates the ranks have agreed on.
+    """
+
+    def __init__(
+        self,
+        params: CacheInitParams,
+        *,
+        runtime: PolarRuntime | None = None,
+        policy: SpillPolicy | None = None,
+    ) -> None:
+        """As SGLang's factory calls it; ``runtime`` defaults to this process's, ``policy`` to CostPolicy."""
+        self.runtime = runtime or current_runtime()
+        self.policy = policy or CostPolicy()
+        self.rates = RateMeter()
+        self._steps = 0
+        self._copied_at_free = -1  # free tokens at which nothing was left to copy ahead
+        self._holds_kv = False
+        super().__init__(params)
+
+    # Weight updates
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no KV was put into the tree since it was emptied."""
+        return not self._holds_kv
+
+    def reset(self) -> None:
+        super().reset()
+        self._holds_kv = False
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        self._holds_kv = True
+        return super().insert(params)
+
+    def _handle_prefetch_result(self, operation: PrefetchOperation) -> None:
+        self._holds_kv = True
+        super()._handle_prefetch_result(operation)
+
+    def drain_storage(self) -> None:
+        """Finish or give up all transfers, so that a flush can follow.
+
+        Ends after the same number of steps on all ranks: it follows queues whose lengths the ranks agree
+        on. Each step waits for the pool no longer than a deadline.
+        """
+        if self.cache_controller is None:
+            return
+        for ongoing in self.ongoing_prefetch.values():
+            self.cache_controller.terminate_prefetch(ongoing.operation)
+        while self.ongoing_backup or self.ongoing_write_through:
+            super().check_hicache_events()  # ours would go on spilling
+            time.sleep(_DRAIN_POLL_S)
+
+    # Spilling
+
+    def write_backup_storage(self, node_id: int) -> None:
+        """Write a node that has reached L2 to the pool, if the policy wants it there."""
+        if self._decide(node_id) is Decision.SPILL:
+            super().write_backup_storage(node_id)
+
+    def _evict_device_leaf(self, node_id: int, tracker: dict[ComponentType, int]) -> BackupKV | None:
+        if (
+            self.is_write_back
+            and not self.is_backuped(node_id)
+            and self._decide(node_id) is Decision.DROP
+            and self._drop_subtree_no_host(node_id, tracker)
+        ):
+            return None
+        return super()._evict_device_leaf(node_id, tracker)
+
+    def check_hicache_events(self) -> None:
+        super().check_hicache_events()
+        if self.cache_controller is None:
+            return
+        self._steps += 1
+        if self._steps % _AGREE_STEPS == 0 and self.enable_storage:
+            pool = self.runtime.client.statistics()
+            self.rates.observe_pool(pool.got_bytes, pool.get_s)
+            self.rates.agree(lambda values: self._all_reduce(values, torch.distributed.ReduceOp.MIN))
+        if self.is_write_back:
+            self._spill_ahead()
+
+    def loading_check(self, finish_count: int | None = None) -> None:
+        waiting = list(self.cache_controller.ack_load_queue) if self.cache_controller is not None else []
+        super().loading_check(finish_count)
+        for ack in waiting[: len(waiting) - len(self.cache_controller.ack_load_queue)] if waiting else ():
+            if ack.timing_enabled:
+                self.rates.observe_load(ack.num_bytes, ack.start_event.elapsed_time(ack.finish_event) / 1e3)
+
+    def _spill_ahead(self) -> None:
+        """Copy cold nodes to L2, and so to the pool, until the watermark of L1 could be evicted at once."""
+        free = self.token_to_kv_pool_allocator.available_size()
+        wanted = int(self.runtime.config.spill_watermark * self.token_to_kv_pool_allocator.size) - free
+        if wanted <= 0 or free == self._copied_at_free:
+            return
+        chosen, budget = [], _SPILL_AHEAD_TOKENS
+        for node_id, tokens in self._cold_nodes():
+            if wanted <= 0 or budget <= 0:
+                break
+            wanted -= tokens
+            if self.is_backuped(node_id) or node_id in self.ongoing_write_through:
+                continue
+            if self._decide(node_id) is Decision.SPILL:
+                chosen.append(node_id)
+                budget -= tokens
+        for node_id in chosen:
+            if self._execute_and_commit_kv_backup(BackupKV([node_id])) == 0:
+                break  # no room in L2 that could be freed now
+        if chosen:
+            self.flush_pending_backups()
+        else:
+            self._copied_at_free = free
+
+    def _cold_nodes(self) -> Iterator[tuple[int, int]]:
+        """Nodes and their tokens in the order of eviction: the coldest leaf, its ancestors, the next leaf."""
+        seen: set[int] = set()
+        for leaf in list(self._cold_leaves()):
+            for node in reversed(self.tree_core.collect_path_info([leaf])[0]):
+                if node.node_id in seen or not node.full_value_len:
+                    continue
+                seen.add(node.node_id)
+                yield node.node_id, node.full_value_len
+
+    def _cold_leaves(self) -> Iterator[int]:
+        """Device leaves, coldest first; the walk changes nothing as long as no leaf is evicted."""
+        tracker = dict.fromkeys(self.tree_components, 0)
+        self.tree_core.evict_device_start(ComponentType.FULL, _ALL_TOKENS)
+        try:
+            while (
+                leaf := self.tree_core.evict_device_next_node(ComponentType.FULL, tracker).node_id
+            ) is not None:
+                yield leaf
+        finally:
+            self.tree_core.evict_device_end(ComponentType.FULL)
+
+    def _decide(self, node_id: int) -> Decision:
+        node = self.tree_core.collect_path_info([node_id])[0][-1]
+        tokens = node.path_end - node.path_start
+        view = NodeView(tokens, node.path_start, tokens * self.cache_controller.mem_pool_host.size_per_token)
+        return self.policy.decide(view, self.rates.agreed)

@@ -1,0 +1,69 @@
+"""PolarKV inside one scheduler process: what its parts share, made once and kept until the process ends."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from polarkv_sglang.config import PolarConfig, load_config
+from polarkv_sglang.pool.client import PoolClient
+from polarkv_sglang.weights import WeightsGuard, WeightsIdentity, identify_model
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class PolarRuntime:
+    """Settings, pool client and weights identity of one rank.
+
+    HiCache makes and drops storage objects as its backend is attached and detached; connections,
+    registered memory and the identity of the weights live here instead.
+    """
+
+    def __init__(self, config: PolarConfig) -> None:
+        self.config = config
+        self.weights = WeightsGuard(self._identify)
+        self._model_runner: ModelRunner | None = None
+        self._client: PoolClient | None = None
+        self._lock = threading.Lock()
+
+    def bind_model(self, runner: ModelRunner) -> None:
+        """Name the weights that the engine was started with. A collective over all ranks."""
+        self._model_runner = runner
+        self.weights.settle(cache_is_clean=True)
+
+    @property
+    def client(self) -> PoolClient:
+        """The pool client; connecting starts at the first use and goes on in the background."""
+        with self._lock:
+            if self._client is None:
+                self._client = PoolClient(
+                    self.config.nodes,
+                    token=self.config.token,
+                    deadline_s=self.config.deadline_s,
+                    client=f"pid {os.getpid()}",
+                    ucx_library=self.config.ucx_library,
+                    ucx_tls=self.config.ucx_tls,
+                )
+            return self._client
+
+    def _identify(self) -> WeightsIdentity:
+        if self._model_runner is None:
+            raise RuntimeError("the weights are named before a model was bound")
+        return identify_model(self._model_runner)
+
+
+_runtime: PolarRuntime | None = None
+
+
+def start_runtime(config: PolarConfig) -> PolarRuntime:
+    """Make this process's runtime; the plugin does so before SGLang builds the cache."""
+    global _runtime
+    _runtime = PolarRuntime(config)
+    return _runtime
+
+
+def current_runtime() -> PolarRuntime:
+    """This process's runtime; a fork that uses our classes without the plugin gets one from POLARKV_*."""
+    return _runtime or start_runtime(load_config(environ=os.environ))

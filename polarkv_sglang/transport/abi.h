@@ -1,0 +1,206 @@
+/* Declarations shared by batch.c and, through cffi, by library.py: one text, so that both agree on every layout.
+ * No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h> and <stddef.h>. */
+
+/* ---- The part of the UCX API that we use. Structs grow at their end only, under a field mask: this holds for
+ *      libucp 1.13 to 1.23. */
+
+typedef signed char ucs_status_t;
+typedef void *ucs_status_ptr_t; /* NULL: done at once; top of the address space: an error; else a request */
+typedef void *ucp_context_h;
+typedef void *ucp_worker_h;
+typedef void *ucp_ep_h;
+typedef void *ucp_mem_h;
+typedef void *ucp_rkey_h;
+typedef void *ucp_config_t;
+
+typedef void (*ucp_send_nbx_callback_t)(void *request, ucs_status_t status, void *user_data);
+typedef void (*ucp_err_handler_cb_t)(void *arg, ucp_ep_h ep, ucs_status_t status);
+
+typedef struct {
+    uint64_t field_mask;
+    uint64_t features;
+    size_t request_size;
+    void *request_init;
+    void *request_cleanup;
+    uint64_t tag_sender_mask;
+    int mt_workers_shared;
+    size_t estimated_num_eps;
+    size_t estimated_num_ppn;
+    const char *name;
+    size_t node_local_id;
+} ucp_params_t;
+
+typedef struct {
+    uint64_t field_mask;
+    int thread_mode;
+    uint64_t cpu_mask[16];
+    unsigned events;
+    void *user_data;
+    int event_fd;
+    uint64_t flags;
+    const char *name;
+    size_t am_alignment;
+    uint64_t client_id;
+} ucp_worker_params_t;
+
+typedef struct {
+    uint64_t field_mask;
+    int thread_mode;
+    uint32_t address_flags;
+    void *address;
+    size_t address_length;
+    size_t max_am_header;
+    char name[32];
+    size_t max_debug_string;
+} ucp_worker_attr_t;
+
+typedef struct {
+    const void *addr;
+    uint32_t addrlen;
+} ucs_sock_addr_t;
+
+typedef struct {
+    ucp_err_handler_cb_t cb;
+    void *arg;
+} ucp_err_handler_t;
+
+typedef struct {
+    uint64_t field_mask;
+    const void *address;
+    int err_mode;
+    ucp_err_handler_t err_handler;
+    void *user_data;
+    unsigned flags;
+    ucs_sock_addr_t sockaddr;
+    void *conn_request;
+    const char *name;
+    ucs_sock_addr_t local_sockaddr;
+} ucp_ep_params_t;
+
+typedef struct {
+    uint64_t field_mask;
+    void *address;
+    size_t length;
+    unsigned flags;
+    unsigned prot;
+    int memory_type;
+    const void *exported_memh_buffer;
+} ucp_mem_map_params_t;
+
+typedef struct {
+    uint32_t op_attr_mask;
+    uint32_t flags;
+    void *request;
+    ucp_send_nbx_callback_t cb;
+    uint64_t datatype;
+    void *user_data;
+    void *reply_buffer;
+    int memory_type;
+    void *recv_info;
+    ucp_mem_h memh;
+} ucp_request_param_t;
+
+void ucp_get_version(unsigned *major, unsigned *minor, unsigned *release);
+const char *ucs_status_string(ucs_status_t status);
+ucs_status_t ucp_config_read(const char *env_prefix, const char *filename, ucp_config_t *config);
+ucs_status_t ucp_config_modify(ucp_config_t config, const char *name, const char *value);
+void ucp_config_release(ucp_config_t config);
+ucs_status_t ucp_init_version(unsigned major, unsigned minor, const ucp_params_t *params, ucp_config_t config,
+                              ucp_context_h *context);
+void ucp_cleanup(ucp_context_h context);
+ucs_status_t ucp_mem_map(ucp_context_h context, const ucp_mem_map_params_t *params, ucp_mem_h *memory);
+ucs_status_t ucp_mem_unmap(ucp_context_h context, ucp_mem_h memory);
+ucs_status_t ucp_rkey_pack(ucp_context_h context, ucp_mem_h memory, void **buffer, size_t *length);
+void ucp_rkey_buffer_release(void *buffer);
+ucs_status_t ucp_worker_create(ucp_context_h context, const ucp_worker_params_t *params,
+                               ucp_worker_h *worker);
+void ucp_worker_destroy(ucp_worker_h worker);
+ucs_status_t ucp_worker_query(ucp_worker_h worker, ucp_worker_attr_t *attributes);
+void ucp_worker_release_address(ucp_worker_h worker, void *address);
+unsigned ucp_worker_progress(ucp_worker_h worker);
+ucs_status_t ucp_worker_get_efd(ucp_worker_h worker, int *fd);
+ucs_status_t ucp_worker_arm(ucp_worker_h worker);
+ucs_status_t ucp_ep_create(ucp_worker_h worker, const ucp_ep_params_t *params, ucp_ep_h *ep);
+ucs_status_ptr_t ucp_ep_close_nbx(ucp_ep_h ep, const ucp_request_param_t *param);
+ucs_status_ptr_t ucp_ep_flush_nbx(ucp_ep_h ep, const ucp_request_param_t *param);
+ucs_status_t ucp_ep_rkey_unpack(ucp_ep_h ep, const void *buffer, ucp_rkey_h *rkey);
+void ucp_rkey_destroy(ucp_rkey_h rkey);
+ucs_status_ptr_t ucp_put_nbx(ucp_ep_h ep, const void *buffer, size_t count, uint64_t remote, ucp_rkey_h rkey,
+                             const ucp_request_param_t *param);
+ucs_status_ptr_t ucp_get_nbx(ucp_ep_h ep, void *buffer, size_t count, uint64_t remote, ucp_rkey_h rkey,
+                             const ucp_request_param_t *param);
+ucs_status_t ucp_request_check_status(void *request);
+void ucp_request_free(void *request);
+
+/* ---- Ours. */
+
+/* Entry points of the libucp that Python loaded: the helper is built without UCX and linked to none. */
+typedef struct {
+    ucs_status_ptr_t (*put)(ucp_ep_h, const void *, size_t, uint64_t, ucp_rkey_h,
+                            const ucp_request_param_t *);
+    ucs_status_ptr_t (*get)(ucp_ep_h, void *, size_t, uint64_t, ucp_rkey_h, const ucp_request_param_t *);
+    ucs_status_ptr_t (*flush)(ucp_ep_h, const ucp_request_param_t *);
+    ucs_status_ptr_t (*close)(ucp_ep_h, const ucp_request_param_t *);
+    unsigned (*progress)(ucp_worker_h);
+    ucs_status_t (*arm)(ucp_worker_h);
+    ucs_status_t (*request_status)(void *);
+    void (*request_free)(void *);
+} polar_ucp;
+
+typedef struct {
+    const polar_ucp *ucp;
+    ucp_worker_h handle;
+    int event_fd; /* readable when progress may have work to do */
+} polar_worker;
+
+typedef struct {
+    ucp_ep_h handle;     /* NULL once closed */
+    ucs_status_t status; /* why it can no longer be used; the first reason stays */
+} polar_endpoint;
+
+typedef struct {
+    ucp_mem_h handle;
+    uint64_t address;
+    uint64_t length;
+} polar_memory;
+
+typedef struct {
+    uint64_t local;    /* address, inside memories[memory] */
+    uint64_t remote;   /* address in the peer */
+    uint64_t length;   /* bytes */
+    uint32_t endpoint; /* index into endpoints and keys */
+    uint32_t memory;   /* index into memories */
+} polar_operation;
+
+typedef struct {
+    const polar_operation *operations;
+    uint32_t operation_count;
+    polar_endpoint **endpoints;
+    ucp_rkey_h *keys; /* keys[i] was unpacked on endpoints[i] */
+    uint32_t endpoint_count;
+    polar_memory **memories;
+    uint32_t memory_count;
+    int put;
+    uint32_t window;    /* most operations in flight per endpoint */
+    int64_t timeout_ns; /* of the transfer */
+    int64_t drain_ns;   /* then at most this long until nothing touches local memory any more */
+} polar_batch;
+
+typedef struct {
+    uint64_t done_bytes;
+    uint32_t failed;  /* operations */
+    uint32_t refused; /* with POLAR_REFUSED: index of the operation that is out of bounds */
+} polar_outcome;
+
+enum {
+    POLAR_DONE = 0,      /* statuses are filled in, some may be errors */
+    POLAR_REFUSED = 1,   /* an operation is out of bounds; nothing was issued */
+    POLAR_NO_MEMORY = 2, /* nothing was issued */
+    POLAR_UNDRAINED = 3, /* UCX may still touch local memory; the worker must not be used again */
+};
+
+int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
+                   polar_outcome *outcome);
+int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force, int64_t timeout_ns);
+int polar_serve(const polar_worker *worker, int stop_fd);
+void polar_endpoint_failed(void *endpoint, ucp_ep_h handle, ucs_status_t status);

@@ -1,0 +1,259 @@
+"""The client's end of the control plane: one blocking connection to a memory node, with deadlines."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+from typing import Self, overload
+
+from polarkv_sglang.config import parse_address
+from polarkv_sglang.errors import NodeError
+from polarkv_sglang.identity import KEY_BYTES
+from polarkv_sglang.transport.framing import (
+    MAX_FRAME_BYTES,
+    BadFrame,
+    FrameReader,
+    decode_from_node,
+    encode_frame,
+    prove,
+)
+from polarkv_sglang.transport.messages import (
+    NONCE_BYTES,
+    PROTOCOL_VERSION,
+    Answered,
+    Challenge,
+    Commit,
+    Committed,
+    FromNode,
+    Hello,
+    Locate,
+    Located,
+    Message,
+    NodeStatistics,
+    Peek,
+    Peeked,
+    Proof,
+    Refused,
+    Reply,
+    Request,
+    Reserve,
+    Reserved,
+    Role,
+    Statistics,
+    Welcome,
+)
+
+SEND_DEADLINE_S = 1.0  # a request fits the socket's buffer unless the node has stopped reading
+_RECEIVE_BYTES = 256 << 10
+
+
+class NodeRefused(NodeError):
+    """The memory node answered and declined us: token, protocol version or role."""
+
+
+class NodeTimeout(NodeError):
+    """The memory node did not answer within the deadline; the connection must be closed."""
+
+
+class ControlConnection:
+    """An authenticated connection to one memory node.
+
+    Used by one thread at a time. Requests may be pipelined with ``send`` and ``receive``: replies come
+    in the order of the requests. After any NodeError the connection is unusable and closes itself;
+    its leases and reservations stay with the node until they expire.
+    """
+
+    welcome: Welcome  # what the node said of itself: incarnation, worker address, rkey, slab
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        """Internal: use ``connect``."""
+        self.address = address
+        self._socket = sock
+        self._frames = FrameReader(MAX_FRAME_BYTES)
+        self._request_ids = itertools.count(1)
+        self._closed: str | None = None  # why, once it is
+
+    @classmethod
+    def connect(
+        cls, address: str, *, token: str | None, role: Role, client: str, deadline_s: float
+    ) -> ControlConnection:
+        """Connect to ``host:port`` and authenticate, all within ``deadline_s`` seconds.
+
+        Raises NodeRefused if the node declines us, NodeTimeout if it does not answer in time, NodeError
+        if it is not there or does not speak the protocol, ConfigError if the address is malformed.
+        """
+        deadline = time.monotonic() + deadline_s
+        connection = cls(_open_socket(address, deadline, deadline_s), address)
+        try:
+            connection.welcome = connection._authenticate(token, role, client, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def next_id(self) -> int:
+        """A request_id that this connection has not used yet."""
+        return next(self._request_ids)
+
+    def send(self, message: Request, deadline_s: float = SEND_DEADLINE_S) -> None:
+        """Send one message; NodeError if the node is gone or reads nothing for ``deadline_s`` seconds."""
+        self._send(message, time.monotonic() + deadline_s)
+
+    def receive(self, deadline: float) -> FromNode:
+        """The next message of the node, by ``deadline`` (time.monotonic).
+
+        Raises NodeTimeout past the deadline, NodeError if the node is gone or sent garbage.
+        """
+        try:
+            while (frame := self._frames.next_frame()) is None:
+                self._arm(deadline)
+                data = self._socket.recv(_RECEIVE_BYTES)
+                if not data:
+                    raise self._failed("closed the connection")
+                self._frames.feed(data)
+            return decode_from_node(frame)
+        except TimeoutError as error:
+            raise self._timed_out("did not answer in time") from error
+        except OSError as error:
+            raise self._failed(f"is gone ({error.strerror or error})") from error
+        except BadFrame as error:
+            raise self._failed(f"broke the protocol: {error}") from error
+
+    @overload
+    def request(self, message: Reserve, deadline_s: float) -> Reserved: ...
+    @overload
+    def request(self, message: Commit, deadline_s: float) -> Committed: ...
+    @overload
+    def request(self, message: Locate, deadline_s: float) -> Located: ...
+    @overload
+    def request(self, message: Peek, deadline_s: float) -> Peeked: ...
+    @overload
+    def request(self, message: Statistics, deadline_s: float) -> NodeStatistics: ...
+    def request(self, message: Answered, deadline_s: float) -> Reply:
+        """Send a request and return its reply, within ``deadline_s`` seconds.
+
+        The reply answers as many keys as were asked for. Raises as ``send`` and ``receive`` do.
+        """
+        deadline = time.monotonic() + deadline_s
+        self._send(message, deadline)
+        reply = self.receive(deadline)
+        if not (isinstance(reply, Reply) and answers(reply, message)):
+            raise self._failed(f"broke the protocol: {type(message).__name__} was not answered properly")
+        return reply
+
+    def fileno(self) -> int:
+        """The socket, for select and poll; -1 once closed."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the connection; harmless if it is closed already."""
+        self._closed = self._closed or "is closed on our side"
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _authenticate(self, token: str | None, role: Role, client: str, deadline: float) -> Welcome:
+        nonce = os.urandom(NONCE_BYTES)
+        self._send(Hello(PROTOCOL_VERSION, role, client, nonce), deadline)
+        challenge = self._receive_or_refused(deadline)
+        if not isinstance(challenge, Challenge):
+            raise self._failed("broke the protocol: it did not answer Hello with Challenge")
+        if challenge.protocol_version != PROTOCOL_VERSION:
+            raise self._failed(
+                f"speaks protocol {challenge.protocol_version}, we speak {PROTOCOL_VERSION}; "
+                "install one PolarKV version everywhere"
+            )
+        if challenge.auth_required and token is None:
+            raise self._refused("it asks for a token and we have none; set POLARKV_TOKEN")
+        mac = prove(token, nonce, challenge.nonce) if challenge.auth_required and token is not None else b""
+        self._send(Proof(mac), deadline)
+        welcome = self._receive_or_refused(deadline)
+        if not isinstance(welcome, Welcome):
+            raise self._failed("broke the protocol: it did not answer Proof with Welcome")
+        return welcome
+
+    def _receive_or_refused(self, deadline: float) -> FromNode:
+        message = self.receive(deadline)
+        if isinstance(message, Refused):
+            raise self._refused(message.reason)
+        return message
+
+    def _send(self, message: Message, deadline: float) -> None:
+        try:
+            self._arm(deadline)
+            self._socket.sendall(encode_frame(message))
+        except TimeoutError as error:
+            raise self._timed_out("does not read what we send") from error
+        except OSError as error:
+            raise self._failed(f"is gone ({error.strerror or error})") from error
+
+    def _arm(self, deadline: float) -> None:
+        """Let the next socket call last until ``deadline``; NodeError if the connection is closed."""
+        if self._closed is not None:
+            raise NodeError(f"memory node {self.address} {self._closed}")
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError
+        self._socket.settimeout(remaining_s)
+
+    # A failure may leave half a frame on the stream, so each of them ends the connection.
+    def _failed(self, reason: str) -> NodeError:
+        return self._close_with(NodeError(f"memory node {self.address} {reason}"), reason)
+
+    def _timed_out(self, reason: str) -> NodeError:
+        return self._close_with(NodeTimeout(f"memory node {self.address} {reason}"), reason)
+
+    def _refused(self, reason: str) -> NodeError:
+        return self._close_with(NodeRefused(f"memory node {self.address} refused us: {reason}"), reason)
+
+    def _close_with(self, error: NodeError, reason: str) -> NodeError:
+        self._closed = self._closed or reason
+        self._socket.close()
+        return error
+
+
+def _open_socket(address: str, deadline: float, deadline_s: float) -> socket.socket:
+    host, port = parse_address(address)
+    last: OSError | None = None
+    try:
+        for family, kind, protocol, _, resolved in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                sock.connect(resolved)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                sock.close()
+                last = error
+            else:
+                return sock
+    except socket.gaierror as error:
+        raise NodeError(f"memory node {address} cannot be found: {error.strerror}") from error
+    if isinstance(last, TimeoutError):
+        raise NodeTimeout(f"memory node {address} does not answer within {deadline_s:g} s") from last
+    reason = last.strerror if last is not None else "no address"
+    raise NodeError(f"memory node {address} cannot be reached: {reason}; is it running there?") from last
+
+
+def answers(reply: FromNode, request: Request) -> bool:
+    """Whether this is the reply to that request, for as many keys; for those who pipeline requests."""
+    match request, reply:
+        case Reserve(), Reserved():
+            keys = len(reply.states)
+        case Locate(), Located():
+            keys = len(reply.address_blob) // 8
+        case Peek(), Peeked():
+            keys = len(reply.present)
+        case Commit(), Committed():
+            return reply.request_id == request.request_id
+        case Statistics(), NodeStatistics():
+            return reply.request_id == request.request_id
+        case _:
+            return False
+    return reply.request_id == request.request_id and keys * KEY_BYTES == len(request.keys)

@@ -1,0 +1,192 @@
+"""Tiny random-weight checkpoints that SGLang loads like real ones.
+
+Each has the features of its family that matter to a KV cache (GQA, qk-norm, partial rotary, dense first layer
+before MoE layers, latent KV), is split evenly by TP=2, and comes with a byte-level BPE tokenizer. The weights are scaled so that
+activations stay near one: greedy outputs depend on the whole prompt instead of settling on one token.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Final
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB_SIZE: Final = 512
+MAX_TOKENS: Final = 8192
+
+_CORPUS: Final = (
+    "The keeper of the lighthouse wrote down every ship that passed, its colours and its course.",
+    "A page that nobody reads again is cheap to lose; a page that everybody reads is worth a shelf of its own.",
+    "Prefixes are shared, suffixes are private, and the tail always goes before the head.",
+)
+_CHAT_TEMPLATE: Final = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=MAX_TOKENS,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _qwen3() -> PreTrainedModel:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=MAX_TOKENS,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _glm4_moe() -> PreTrainedModel:
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=256,
+            moe_intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            partial_rotary_factor=0.5,
+            use_qk_norm=True,
+            attention_bias=True,
+            first_k_dense_replace=1,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            max_position_embeddings=MAX_TOKENS,
+            num_nextn_predict_layers=0,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _deepseek_v2() -> PreTrainedModel:
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=256,
+            moe_intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=None,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            first_k_dense_replace=1,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
+            moe_layer_freq=1,
+            scoring_func="softmax",
+            max_position_embeddings=MAX_TOKENS,
+            # SGLang takes DeepSeek's rotary embedding on a CPU only when it is scaled, as every released one is.
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": MAX_TOKENS // 4,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+            tie_word_embeddings=False,
+        )
+    )
+
+
+_BUILDERS: Final = {"llama": _llama, "qwen3": _qwen3, "glm4_moe": _glm4_moe, "deepseek_v2": _deepseek_v2}
+ARCHITECTURES: Final = tuple(_BUILDERS)
+
+
+def build(arch: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes a checkpoint of architecture `arch` (one of `ARCHITECTURES`) into the folder `path` and returns it.
+
+    The same `arch`, `seed` and `dtype` give the same weights; another seed gives other weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = _BUILDERS[arch]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(name, parameter, generator)
+    path.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+def _fill(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    if parameter.dim() < 2:
+        # Norm scales stay near one; a bias moves a projection a little.
+        parameter.normal_(0.0, 0.1, generator=generator)
+        if name.endswith("weight"):
+            parameter.add_(1.0)
+    else:
+        gain = 1.0 if "embed" in name else 1.5 / math.sqrt(parameter.shape[-1])
+        parameter.normal_(0.0, gain, generator=generator)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|begin|>", "<|end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=MAX_TOKENS,
+    )
