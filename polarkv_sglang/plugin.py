@@ -91,10 +91,6 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     arguments.hicache_storage_backend_extra_config = _storage_config(
         arguments.hicache_storage_backend_extra_config
     )
-    if arguments.hicache_mem_layout == "layer_first":
-        # The default, under which a page lies in two pieces per layer; here in one or two.
-        arguments.hicache_mem_layout = "page_first_direct"
-        arguments.hicache_io_backend = "direct"
     if config.spill == "evict":
         arguments.hicache_write_policy = "write_back"
     if not config.nodes:

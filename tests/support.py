@@ -17,7 +17,9 @@ from polarkv_sglang.transport.messages import NodeStatistics, Role, Statistics
 
 START_S = 30.0
 STOP_S = 15.0
-_READY = re.compile(r"polarkv node (?P<id>\w+) listening on (?P<address>\S+), .*?(metrics on (?P<metrics>\S+))?$")
+_READY = re.compile(
+    r"polarkv node (?P<id>\w+) listening on (?P<address>\S+), .*?(metrics on (?P<metrics>\S+))?$"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def running_node(
             line = process.stdout.readline().strip()
             watchdog.cancel()
             ready = _READY.match(line)
-            assert ready is not None, f"polarkv node ended with {process.wait(STOP_S)} instead of a ready line"
+            assert ready is not None, (
+                f"polarkv node ended with {process.wait(STOP_S)} instead of a ready line"
+            )
             yield RunningNode(ready["address"], process, line, ready["metrics"], token)
         finally:
             watchdog.cancel()

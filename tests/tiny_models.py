@@ -1,8 +1,8 @@
 """Tiny random-weight checkpoints that SGLang loads like real ones.
 
-Each has the features of its family that matter to a KV cache (GQA, qk-norm, partial rotary, dense first layer
-before MoE layers, latent KV), is split evenly by TP=2, and comes with a byte-level BPE tokenizer. The weights are scaled so that
-activations stay near one: greedy outputs depend on the whole prompt instead of settling on one token.
+Each has the features of its family that matter to a KV cache (GQA, qk-norm, partial rotary, a dense layer
+before MoE layers, latent KV), can be split by TP=2, and comes with a byte-level BPE tokenizer. The weights
+are scaled so that activations stay near one: greedy outputs depend on the whole prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_TOKENS: Final = 8192
 
 _CORPUS: Final = (
     "The keeper of the lighthouse wrote down every ship that passed, its colours and its course.",
-    "A page that nobody reads again is cheap to lose; a page that everybody reads is worth a shelf of its own.",
+    "A page that nobody reads again is cheap to lose; one that everybody reads is worth a shelf of its own.",
     "Prefixes are shared, suffixes are private, and the tail always goes before the head.",
 )
 _CHAT_TEMPLATE: Final = (
@@ -125,7 +125,7 @@ def _deepseek_v2() -> PreTrainedModel:
             moe_layer_freq=1,
             scoring_func="softmax",
             max_position_embeddings=MAX_TOKENS,
-            # SGLang takes DeepSeek's rotary embedding on a CPU only when it is scaled, as every released one is.
+            # SGLang wants DeepSeek's rotary embedding scaled on a CPU, as it is in every released model.
             rope_parameters={
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
@@ -146,9 +146,9 @@ ARCHITECTURES: Final = tuple(_BUILDERS)
 
 
 def build(arch: str, path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Writes a checkpoint of architecture `arch` (one of `ARCHITECTURES`) into the folder `path` and returns it.
+    """Write a checkpoint of ``arch`` (one of ARCHITECTURES) into the folder ``path``, and return that.
 
-    The same `arch`, `seed` and `dtype` give the same weights; another seed gives other weights.
+    The same ``arch``, ``seed`` and ``dtype`` give the same weights; another seed gives other weights.
     """
     generator = torch.Generator().manual_seed(seed)
     model = _BUILDERS[arch]()

@@ -14,8 +14,9 @@ from typing import NoReturn
 import torch
 from tokenizers import Tokenizer
 
+from examples.demo.client import RequestFailed
 from examples.demo.conversations import CONVERSATIONS
-from examples.demo.play import PAGE_TOKENS, Demo
+from examples.demo.play import PAGE_TOKENS, Demo, DemoFailed
 from examples.demo.processes import Process, engine, free_ports, memory_node, say
 from examples.demo.report import is_restored, summary, table, write_json
 from examples.smollm2 import DEFAULT_TARGET
@@ -25,7 +26,7 @@ TURNS_BEFORE_RESTART = 3
 # L1 holds one conversation of about 3,000 tokens, L2 (1.5 times as much) two: five in turn outgrow both.
 L1_TOKENS = 4096
 L2_RATIO = 1.5
-POOL_CAPACITY = "2GiB"
+POOL_CAPACITY = "3GiB"
 
 
 def shared_flags() -> list[str]:
@@ -65,16 +66,20 @@ def run(model: Path, sessions: int, spill: str | None, logs: Path) -> Demo:
         for process in (node, *engines):
             stack.callback(process.stop)
         start([node])
-        start(engines)
-        demo.warm_up()
-        for _ in range(TURNS_BEFORE_RESTART):
-            demo.play_round("first")
-        say("stopping both engines; the memory node stays")
-        for process in engines:
-            process.stop()
-        start(engines)
-        demo.warm_up()
-        demo.play_round("after_restart")
+        try:
+            start(engines)
+            demo.warm_up()
+            for _ in range(TURNS_BEFORE_RESTART):
+                demo.play_round("first")
+            say("stopping both engines; the memory node stays")
+            for process in engines:
+                process.stop()
+            start(engines)
+            demo.warm_up()
+            demo.play_round("after_restart")
+        except RequestFailed as error:
+            logs_end = "\n".join(process.tail() for process in (node, *engines))
+            raise DemoFailed(f"{error}\n{logs_end}") from error
     return demo
 
 

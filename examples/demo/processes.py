@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -77,9 +78,7 @@ class Process:
             waited = time.monotonic() - started
             self.check()
             if waited > START_TIMEOUT_S:
-                raise ProcessFailed(
-                    f"{self.name} was not ready after {START_TIMEOUT_S:.0f} s\n{self._tail()}"
-                )
+                raise ProcessFailed(f"{self.name} was not ready after {START_TIMEOUT_S:.0f} s\n{self.tail()}")
             if waited > next_progress:
                 next_progress += PROGRESS_EVERY_S
                 say(f"  waiting for {self.name} (log: {self._log})")
@@ -88,7 +87,7 @@ class Process:
     def check(self) -> None:
         """Raises ProcessFailed if the child has ended."""
         if self._child is not None and self._child.poll() is not None:
-            raise ProcessFailed(f"{self.name} ended with status {self._child.returncode}\n{self._tail()}")
+            raise ProcessFailed(f"{self.name} ended with status {self._child.returncode}\n{self.tail()}")
 
     def stop(self) -> None:
         """SIGTERM and wait; then SIGKILL to what is left of its group. Does nothing if nothing runs."""
@@ -100,13 +99,13 @@ class Process:
             child.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             say(f"{self.name} ignores SIGTERM; killing it")
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
-    def _tail(self, lines: int = 30) -> str:
+    def tail(self, lines: int = 30) -> str:
+        """The end of its log."""
         text = self._log.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join([f"--- end of {self._log}", *text])
 

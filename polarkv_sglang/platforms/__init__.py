@@ -1,7 +1,8 @@
 """SGLang with HiCache on a plain CPU.
 
-SGLang's own CPU platform needs Intel's AMX kernels. Where neither those nor an accelerator exist, `activate()` hands SGLang a
-platform that runs on PyTorch alone; everywhere else it stays out of the way. `POLARKV_CPU_PLATFORM=0` turns it off.
+SGLang's own CPU platform needs Intel's AMX kernels. Where neither those nor an accelerator exist,
+``activate()`` hands SGLang a platform that runs on PyTorch alone; everywhere else it stays out of the way.
+``POLARKV_CPU_PLATFORM=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ PLATFORM_CLASS: Final = "polarkv_sglang.platforms.cpu:PolarCpuPlatform"
 
 
 def activate() -> str | None:
-    """SGLang's entry point (group `sglang.srt.platforms`): the path of our platform's class, or None to stay out.
+    """The path of our platform's class, or None to stay out; SGLang's entry point (``sglang.srt.platforms``).
 
-    Raises:
-        ConfigError: `POLARKV_CPU_PLATFORM` is neither 0 nor 1.
+    Raises ConfigError if ``POLARKV_CPU_PLATFORM`` is neither 0 nor 1.
     """
     if not _switched_on() or _sglang_has_a_platform():
         return None
@@ -38,10 +38,10 @@ def is_active() -> bool:
 
 
 def install_cpu_hooks() -> None:
-    """Makes attention and HiCache work on our platform; does nothing on any other, or a second time.
+    """Make attention and HiCache work on our platform; does nothing on any other, or a second time.
 
-    SGLang's workers get this through the platform's `init_backend`. Only code that builds caches or attention
-    backends without a model runner has to call it.
+    SGLang's workers get this through the platform's ``init_backend``. Only code that builds caches or
+    attention backends without a model runner has to call it.
     """
     if is_active():
         from polarkv_sglang.platforms import hooks
@@ -52,7 +52,7 @@ def install_cpu_hooks() -> None:
 def _switched_on() -> bool:
     value = os.environ.get("POLARKV_CPU_PLATFORM", "1")
     if value not in ("0", "1"):
-        raise ConfigError(f"POLARKV_CPU_PLATFORM={value!r}: use 0 (off) or 1 (on where nothing better is present)")
+        raise ConfigError(f"POLARKV_CPU_PLATFORM={value!r}: use 0 (off) or 1 (on where nothing better is)")
     return value == "1"
 
 
@@ -62,15 +62,15 @@ def _sglang_has_a_platform() -> bool:
     # SGLANG_USE_CPU_ENGINE=1 asks for SGLang's own CPU platform; whoever sets it gets it.
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return True
-    # torch.accelerator covers CUDA, ROCm, XPU, MPS and those that register as PrivateUse1 (NPU, MUSA); Gaudi registers
-    # only once its own package is imported, which is not ours to do.
+    # torch.accelerator covers CUDA, ROCm, XPU, MPS and those that register as PrivateUse1 (NPU, MUSA);
+    # Gaudi registers only once its own package is imported, which is not ours to do.
     if torch.accelerator.is_available() or importlib.util.find_spec("habana_frameworks") is not None:
         return True
     return _has_amx_kernels()
 
 
 def _has_amx_kernels() -> bool:
-    """As sglang.srt.utils.common.cpu_has_amx_support, which cannot be imported yet when SGLang asks for its platform."""
+    """As SGLang's cpu_has_amx_support, whose module cannot be imported before SGLang has its platform."""
     import torch
 
     if not torch.cpu._is_amx_tile_supported():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Final
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -12,6 +13,9 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+# Weights and L1 get this share of the free RAM; L2, twice as large as L1 by default, lives in the same RAM.
+_MEMORY_FRACTION: Final = 0.25
+
 
 class PolarCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Any CPU, PyTorch only: no Triton, no graphs, no device kernels, gloo between ranks."""
@@ -20,21 +24,33 @@ class PolarCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
 
+    def __init__(self) -> None:
+        # SGLang decorates small functions with torch.compile; Inductor wants a C++ compiler and a minute of
+        # start-up for them. The decorators read this when they are applied, which is after this point.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
     def init_backend(self) -> None:
         from polarkv_sglang.platforms import install_cpu_hooks
 
         install_cpu_hooks()
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
-        """Replaces the defaults that need a GPU or AMX; values that can work here are kept as the user gave them."""
+        """Replace the defaults that assume a GPU or AMX; what the user chose and can work here stays."""
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = "torch_native"
         if server_args.hicache_io_backend == "kernel":
             server_args.hicache_io_backend = "direct"
             server_args.hicache_mem_layout = "page_first_direct"
+        if server_args.mem_fraction_static is None and server_args.enable_hierarchical_cache:
+            server_args.mem_fraction_static = _MEMORY_FRACTION
+        # The overlapped loop looks at a batch's result after it has launched the next batch. Here a launch is
+        # the whole computation: every first token would wait for a decode step.
+        server_args.disable_overlap_schedule = True
+        # An idle scheduler that polls takes a core from whatever else runs on the host.
+        server_args.sleep_on_idle = True
 
     def get_device(self, device_id: int = 0) -> str:
-        # SGLang splits the answer like a string when no --device is given; the mixin's torch.device cannot be split.
+        # Not the mixin's torch.device: without --device, SGLang 0.5.23 splits the answer like a string.
         return "cpu"
 
     def get_default_attention_backend(self) -> str:

@@ -1,54 +1,117 @@
+"""What SGLang needs changed to run attention and HiCache on our platform."""
+
 from __future__ import annotations
 
-import torch
+import functools
+from typing import TYPE_CHECKING, Final
+
+import psutil
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+    from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+
+_REQUESTS: Final = ("req_to_token", "req_pool_indices", "seq_lens")
+_OPTIONS: Final = ("encoder_lens", "scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size")
+_TENSORS: Final = ("query", "output", "k_cache", "v_cache")
+_LOAD: Final = ("host_indices", "device_indices", "layer_id", "io_backend")
+_BACKUP: Final = ("host_indices", "device_indices", "io_backend")
+
+# Each callable of SGLang that we call, override or replace, and the parameters that this relies on. SGLang
+# has no transfer functions on a CPU, which is why we add them: the methods that call them stand for them.
+SURFACES: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("sglang.srt.platforms.interface.SRTPlatform.init_backend", ()),
+    ("sglang.srt.platforms.interface.SRTPlatform.apply_server_args_defaults", ("server_args",)),
+    ("sglang.srt.layers.attention.attention_registry.register_attention_backend", ("name",)),
+    ("sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend", ("model_runner",)),
+    (
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
+        (*_TENSORS, *_REQUESTS, "extend_prefix_lens", "extend_seq_lens", *_OPTIONS),
+    ),
+    (
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode",
+        (*_TENSORS, *_REQUESTS, *_OPTIONS),
+    ),
+    (
+        "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
+        ("backend_name", "handler_func"),
+    ),
+    ("sglang.srt.utils.numa_utils.init_threads_binding", ("numa_index", "world_size")),
+    ("sglang.srt.distributed.bootstrap._init_cpu_threads_env", ("local_omp_cpuid", "dist_init_method")),
+    ("sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__", ("pin_memory",)),
+    ("sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes", ("requested_bytes",)),
+    ("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.load_to_device_per_layer", _LOAD),
+    ("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.backup_from_device_all_layer", _BACKUP),
+    ("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost.load_to_device_per_layer", _LOAD),
+    ("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost.backup_from_device_all_layer", _BACKUP),
+)
 
 
+@functools.cache
 def install() -> None:
-    from sglang.srt.layers.attention import attention_registry
-    from sglang.srt.mem_cache.pool_host import base, mha, mla
-    from sglang.srt.models.deepseek_common import attention_backend_handler as H
+    """Change this process's SGLang; for our platform only."""
+    _use_suffix_attention()
+    _bind_ranks()
+    _use_plain_host_pools()
+
+
+def _use_suffix_attention() -> None:
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+
+    register_attention_backend("torch_native")(_create_attention)
+    AttentionBackendRegistry.register("torch_native", _mla_method)
+
+
+def _create_attention(runner: ModelRunner) -> AttentionBackend:
+    from polarkv_sglang.platforms.attention import SuffixAttnBackend
+
+    return SuffixAttnBackend(runner)
+
+
+def _mla_method(attention: DeepseekV2AttentionMLA, batch: ForwardBatch) -> AttnForwardMethod:
+    """Always latent attention: SGLang's other methods hand the keys over, and our backend reads the pool."""
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
-    H.AttentionBackendRegistry.register("torch_native", lambda attn, fb: AttnForwardMethod.MLA)
+    return AttnForwardMethod.MLA
 
-    def make(runner):
-        from polarkv_sglang.platforms.attention import SuffixAttnBackend
 
-        return SuffixAttnBackend(runner)
+def _bind_ranks() -> None:
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.utils import numa_utils
 
-    attention_registry.ATTENTION_BACKENDS["torch_native"] = make
-    i0 = base.HostKVCache.__init__
-    if getattr(i0, "_polar", False):
-        return
+    from polarkv_sglang.platforms import cores
 
-    def init(self, *a, **k):
-        k["pin_memory"] = False
-        i0(self, *a, **k)
+    numa_utils.init_threads_binding = cores.cores_of_rank
+    bootstrap._init_cpu_threads_env = cores.bind_rank
 
-    init._polar = True
-    base.HostKVCache.__init__ = init
-    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 2 << 30
 
-    def transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size):
-        for a, b in zip(src_layers, dst_layers):
-            b[dst_indices] = a[src_indices]
+def _use_plain_host_pools() -> None:
+    from sglang.srt.mem_cache.pool_host import base, mha, mla
 
-    def transfer_kv_per_layer_direct_pf_lf(src_ptrs, dst_ptrs, src_indices, dst_indices, layer_id, page_size):
-        sp = src_indices[::page_size].cpu() // page_size
-        d = dst_indices.cpu()
-        for a, b in zip(src_ptrs, dst_ptrs):
-            b[d] = a[sp, layer_id].reshape(-1, *a.shape[3:])
+    from polarkv_sglang.platforms import transfer
 
-    def transfer_kv_all_layer_direct_lf_pf(src_ptrs, dst_ptrs, src_indices, dst_indices, page_size):
-        n = len(src_ptrs) // len(dst_ptrs)
-        s = src_indices.cpu()
-        dp = dst_indices[::page_size].cpu() // page_size
-        for j, dst in enumerate(dst_ptrs):
-            for l in range(n):
-                x = src_ptrs[j * n + l][s]
-                dst[dp, l] = x.reshape(len(dp), page_size, *x.shape[1:])
+    for module in (mha, mla):
+        for function in (
+            transfer.transfer_kv_direct,
+            transfer.transfer_kv_per_layer_direct_pf_lf,
+            transfer.transfer_kv_all_layer_direct_lf_pf,
+        ):
+            setattr(module, function.__name__, function)
 
-    for m in (mha, mla):
-        m.transfer_kv_direct = transfer_kv_direct
-        m.transfer_kv_per_layer_direct_pf_lf = transfer_kv_per_layer_direct_pf_lf
-        m.transfer_kv_all_layer_direct_lf_pf = transfer_kv_all_layer_direct_lf_pf
+    initialise = base.HostKVCache.__init__
+
+    @functools.wraps(initialise)
+    def without_pinning(pool: HostKVCache, **geometry: object) -> None:
+        # Pinning is CUDA's: the buffer is registered there, and pages for storage are allocated pinned.
+        initialise(pool, **{**geometry, "pin_memory": False})
+
+    base.HostKVCache.__init__ = without_pinning
+    # SGLang leaves 10 GiB of RAM free, sized for GPU servers; a laptop has no more than that in all.
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = min(
+        base.HICACHE_HOST_MEMORY_RESERVE_BYTES, psutil.virtual_memory().total // 10
+    )

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.errors import NodeError
+from polarkv_sglang.errors import NodeError, TransportError
 from polarkv_sglang.pool.blocks import Chain, Pieces
 from polarkv_sglang.pool.membership import Lane, Link, Membership
 from polarkv_sglang.pool.memory import LocalMemory
@@ -43,6 +43,8 @@ Blocks = npt.NDArray[np.intp]  # positions in a chain
 
 # Until a transfer that is given up at its deadline can touch nothing any more.
 _LEASE_DEADLINES = 4
+# Of a batch's deadline, for finding out where blocks are: a frozen node leaves time to read from others.
+_CONTROL_SHARE = 0.5
 
 
 class PoolStatistics(NamedTuple):
@@ -161,7 +163,7 @@ class PoolClient:
         done = np.zeros(len(chain), bool)
         lane = self._get_lane
         with lane.lock:
-            found = self._locate(lane, chain, pieces.block_bytes, deadline)
+            found = self._locate(lane, chain, pieces.block_bytes, started + _CONTROL_SHARE * self.deadline_s)
             located = np.zeros(len(chain), bool)
             for part in found:
                 located[part.blocks] = True
@@ -193,7 +195,7 @@ class PoolClient:
                     pieces.block_bytes,
                 ),
                 Reserved,
-                deadline,
+                started + _CONTROL_SHARE * self.deadline_s,
             )
             reserved: list[tuple[Link, int, Blocks, npt.NDArray[np.uint64]]] = []
             for route, reply in replies:
@@ -331,14 +333,22 @@ class PoolClient:
         operations["endpoint"] = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])[:, None]
         operations["memory"] = self._memory.locate(operations["local"])
         links = [part[0] for part in parts]
-        status = lane.worker.transfer(
-            direction,
-            operations.reshape(-1),
-            [link.endpoint for link in links if link.endpoint is not None],
-            self._memory.memories,
-            [link.remote_key for link in links if link.remote_key is not None],
-            max(0.0, deadline - time.monotonic()),
-        )
+        try:
+            status = lane.worker.transfer(
+                direction,
+                operations.reshape(-1),
+                [link.endpoint for link in links if link.endpoint is not None],
+                self._memory.memories,
+                [link.remote_key for link in links if link.remote_key is not None],
+                max(0.0, deadline - time.monotonic()),
+            )
+        except TransportError as error:
+            if not lane.worker.statistics().poisoned:
+                raise
+            lane.replace_worker()
+            for link in links:
+                self._fail(lane, link, str(error))
+            return arrived
         arrived[blocks] = (status.reshape(len(blocks), count) == 0).all(axis=1)
         for link in links:
             if link.endpoint is not None and link.endpoint.failed is not None:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from polarkv_sglang.config import format_bytes
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.eviction import EvictionPolicy, LeastRecentlyUsed
@@ -279,24 +278,20 @@ class Index:
 
     def check_integrity(self) -> None:
         """PolarError if blocks, holdings, children and slab do not agree. For tests: takes O(n)."""
-        leased = Counter(id(block) for lease in self._leases.values() for block in lease.blocks)
-        dropped = {
-            id(block): block
-            for lease in self._leases.values()
-            for block in lease.blocks
-            if block.state is _State.DROPPED
-        }
+        leases = Counter(block for lease in self._leases.values() for block in lease.blocks)
+        quarantined = [block for block in leases if self._blocks.get(block.key) is not block]
         reserved = {block.key for held in self._reservations.values() for block in held.blocks}
-        held_blocks = [*self._blocks.values(), *dropped.values()]
+        held_blocks = [*self._blocks.values(), *quarantined]
         for key, block in self._blocks.items():
             _require(block.key == key and block.state is not _State.DROPPED, "a block is misplaced")
             _require((block.state is _State.RESERVED) == (key in reserved), "a reservation is lost")
-        _require(all(block.leases == leased[id(block)] for block in held_blocks), "a lease is lost")
+        _require(all(block.state is _State.DROPPED for block in quarantined), "a leased block is lost")
+        _require(all(block.leases == leases[block] for block in held_blocks), "leases are miscounted")
         children = Counter(b.parent for b in self._blocks.values() if b.parent != NO_PARENT)
         _require(children == self._children, "children are miscounted")
         committed = sum(block.state is _State.COMMITTED for block in self._blocks.values())
         _require(committed == self._committed, "committed blocks are miscounted")
-        _require(len(dropped) == self._quarantined, "quarantined blocks are miscounted")
+        _require(len(quarantined) == self._quarantined, "quarantined blocks are miscounted")
         with closing(self._policy.suggestions(self)) as suggestions:
             leaves = {key for key in self._blocks if self.leaf_last_use(key) is not None}
             _require(set(suggestions) == leaves, "the policy does not know every leaf")
@@ -310,9 +305,9 @@ class Index:
         if not self._warned_too_long:
             self._warned_too_long = True
             _logger.warning(
-                "a block of %s is longer than a segment of %s and was refused; raise --segment",
-                format_bytes(length),
-                format_bytes(self._slab.segment_bytes),
+                "a block of %d B is longer than a segment of %d B and was refused; raise --segment",
+                length,
+                self._slab.segment_bytes,
             )
         return "too_long"
 

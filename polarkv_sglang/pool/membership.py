@@ -38,6 +38,7 @@ class Lane:
     def __init__(self, name: str, context: Context | None) -> None:
         self.name = name
         self.lock = threading.Lock()
+        self._context = context
         self.worker = Worker(context) if context is not None else None
         self.links: dict[str, Link] = {}
 
@@ -59,6 +60,14 @@ class Lane:
         link.control.close()
         if link.endpoint is not None:
             link.endpoint.close(force=True)
+
+    def replace_worker(self) -> None:
+        """When UCX did not let go of a batch's memory in time: closing the worker makes it; holding ``lock``."""
+        for address in list(self.links):
+            self.drop(address)
+        if self.worker is not None and self._context is not None:
+            self.worker.close()
+            self.worker = Worker(self._context)
 
     def close(self) -> None:
         with self.lock:

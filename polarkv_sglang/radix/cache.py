@@ -55,8 +55,9 @@ class PolarRadixCache(UnifiedRadixCache):
         self.policy = policy or CostPolicy()
         self.rates = RateMeter()
         self._steps = 0
-        self._copied_at_free = -1  # free tokens at which nothing was left to copy ahead
-        self._holds_kv = False
+        self._inserts = 0
+        self._inserts_at_reset = 0
+        self._nothing_cold = (-1, -1)  # free tokens and inserts at which nothing was left to copy ahead
         super().__init__(params)
 
     # Weight updates
@@ -64,18 +65,18 @@ class PolarRadixCache(UnifiedRadixCache):
     @property
     def is_clean(self) -> bool:
         """Whether no KV was put into the tree since it was emptied."""
-        return not self._holds_kv
+        return self._inserts == self._inserts_at_reset
 
     def reset(self) -> None:
         super().reset()
-        self._holds_kv = False
+        self._inserts_at_reset = self._inserts
 
     def insert(self, params: InsertParams) -> InsertResult:
-        self._holds_kv = True
+        self._inserts += 1
         return super().insert(params)
 
     def _handle_prefetch_result(self, operation: PrefetchOperation) -> None:
-        self._holds_kv = True
+        self._inserts += 1
         super()._handle_prefetch_result(operation)
 
     def drain_storage(self) -> None:
@@ -132,7 +133,7 @@ class PolarRadixCache(UnifiedRadixCache):
         """Copy cold nodes to L2, and so to the pool, until the watermark of L1 could be evicted at once."""
         free = self.token_to_kv_pool_allocator.available_size()
         wanted = int(self.runtime.config.spill_watermark * self.token_to_kv_pool_allocator.size) - free
-        if wanted <= 0 or free == self._copied_at_free:
+        if wanted <= 0 or self._nothing_cold == (free, self._inserts):
             return
         chosen, budget = [], _SPILL_AHEAD_TOKENS
         for node_id, tokens in self._cold_nodes():
@@ -150,7 +151,7 @@ class PolarRadixCache(UnifiedRadixCache):
         if chosen:
             self.flush_pending_backups()
         else:
-            self._copied_at_free = free
+            self._nothing_cold = (free, self._inserts)
 
     def _cold_nodes(self) -> Iterator[tuple[int, int]]:
         """Nodes and their tokens in the order of eviction: the coldest leaf, its ancestors, the next leaf."""

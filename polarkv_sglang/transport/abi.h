@@ -1,8 +1,8 @@
-/* Declarations shared by batch.c and, through cffi, by library.py: one text, so that both agree on every layout.
+/* Declarations that batch.c and, through cffi, library.py share: one text, so that both agree on layouts.
  * No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h> and <stddef.h>. */
 
-/* ---- The part of the UCX API that we use. Structs grow at their end only, under a field mask: this holds for
- *      libucp 1.13 to 1.23. */
+/* ---- The part of the UCX API that we use. Its structs grow only at the end, under a field mask: this holds
+ *      for libucp 1.13 to 1.23. */
 
 typedef signed char ucs_status_t;
 typedef void *ucs_status_ptr_t; /* NULL: done at once; top of the address space: an error; else a request */

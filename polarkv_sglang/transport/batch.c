@@ -1,7 +1,7 @@
 /* What must not hold the GIL: a batch of RMA operations from start to end, and a memory node's progress loop.
  *
- * The calling Python thread gives up the GIL once for the whole call; beside a busy Python thread every further
- * hand-over would cost a switch interval (5 ms). Nothing here calls into Python or needs its headers. */
+ * The calling thread gives up the GIL once for the whole call: beside a busy Python thread every hand-over
+ * costs a switch interval (5 ms). Nothing here calls into Python or needs its headers. */
 
 #include <errno.h>
 #include <poll.h>
@@ -30,9 +30,9 @@ enum {
 enum {
     ISSUE_BURST = 64,    /* operations issued on one endpoint before the others and the clock get a turn */
     PROGRESS_BURST = 16, /* progress calls between two looks at the clock */
-    SPINS = 64,          /* fruitless rounds before sleeping: spinning on starves a TCP peer on the same host */
+    SPINS = 64,          /* fruitless rounds before sleeping: spinning starves a TCP peer on the same host */
     SLEEP_MS = 10,       /* longest sleep: an event that UCX does not signal costs no more than this */
-    SERVE_BURST = 4096,  /* progress calls between two looks at a serving worker's stop_fd */
+    SERVE_BURST = 256,   /* progress calls between two looks at a serving worker's stop_fd */
 };
 
 /* One batch's operations on one endpoint. Each lane has its own window: an endpoint that hangs holds up only
@@ -46,6 +46,8 @@ struct lane {
     bool needs_flush;          /* puts are done only when the peer has them */
     ucs_status_t flush_status; /* UCS_INPROGRESS: not flushed */
 };
+
+enum lane_state { FINISHED, WAITING, READY }; /* WAITING: for UCX. READY: has more to issue at once */
 
 /* One operation's place in its lane; same index as the operation. Outlives the request. */
 struct ticket {
@@ -137,8 +139,8 @@ static void flush(struct lane *lane) {
         lane->flush_status = raw_status(result);
 }
 
-/* Hands UCX what fits into the lane's window; true while the lane has anything left to do. */
-static bool advance(struct lane *lane, const polar_batch *batch, struct ticket *tickets) {
+/* Hands UCX what fits into the lane's window. */
+static enum lane_state advance(struct lane *lane, const polar_batch *batch, struct ticket *tickets) {
     for (int burst = ISSUE_BURST; lane->endpoint->status == UCS_OK && lane->next && burst; burst--) {
         struct ticket *ticket = lane->next;
         if (lane->in_flight >= batch->window) break;
@@ -152,15 +154,14 @@ static bool advance(struct lane *lane, const polar_batch *batch, struct ticket *
     } else if (lane->needs_flush && !lane->next) {
         flush(lane);
     }
-    return lane->next || lane->in_flight || lane->needs_flush;
+    if (lane->next && lane->in_flight < batch->window) return READY;
+    return lane->in_flight ? WAITING : FINISHED;
 }
 
-/* Sleeps until the worker has an event. False, at once, if it already has one: progress again. */
-static bool sleep_armed(const polar_worker *worker, int stop_fd, int timeout_ms) {
+/* Sleeps until the worker has an event or stop_fd is readable; not at all if there is an event by now. */
+static void sleep_armed(const polar_worker *worker, int stop_fd, int timeout_ms) {
     struct pollfd fds[2] = {{.fd = worker->event_fd, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
-    if (worker->ucp->arm(worker->handle) != UCS_OK) return false;
-    poll(fds, 2, timeout_ms); /* a signal ends it early, which does no harm: callers loop */
-    return true;
+    if (worker->ucp->arm(worker->handle) == UCS_OK) poll(fds, 2, timeout_ms); /* callers loop: EINTR too */
 }
 
 static bool progress_some(const polar_worker *worker) {
@@ -174,11 +175,14 @@ static bool run_until(const polar_worker *worker, const polar_batch *batch, stru
                       struct ticket *tickets, int64_t deadline_ns) {
     int idle = 0;
     for (;;) {
-        bool busy = false;
-        for (uint32_t i = 0; i < batch->endpoint_count; i++) busy |= advance(&lanes[i], batch, tickets);
-        if (!busy) return true;
+        enum lane_state busiest = FINISHED;
+        for (uint32_t i = 0; i < batch->endpoint_count; i++) {
+            enum lane_state state = advance(&lanes[i], batch, tickets);
+            if (state > busiest) busiest = state;
+        }
+        if (busiest == FINISHED) return true;
         if (now_ns() >= deadline_ns) return false;
-        if (progress_some(worker)) {
+        if (progress_some(worker) || busiest == READY) {
             idle = 0;
         } else if (++idle > SPINS) {
             int64_t left_ms = (deadline_ns - now_ns()) / 1000000 + 1;
@@ -207,7 +211,7 @@ static bool in_bounds(const polar_batch *batch, const polar_operation *op) {
            op->local - memory->address <= memory->length - op->length;
 }
 
-/* An operation's final status: its own, for a put also its flush's; the endpoint's explains a cancellation. */
+/* An operation's final status: its own, for a put its flush's too; the endpoint's explains a cancellation. */
 static ucs_status_t settle(const struct ticket *ticket) {
     const struct lane *lane = ticket->owner;
     ucs_status_t status = ticket->status == UCS_OK ? lane->flush_status : ticket->status;
@@ -264,7 +268,7 @@ out:
     return result;
 }
 
-/* Unless forced, lets the peer know; returns a UCX status, UCS_ERR_TIMED_OUT if the peer did not take the news. */
+/* Unless forced, waits for the peer to take part. Returns a UCX status. */
 int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force, int64_t timeout_ns) {
     int64_t deadline_ns = now_ns() + timeout_ns;
     ucp_request_param_t param = {0};
@@ -292,10 +296,11 @@ int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force,
 int polar_serve(const polar_worker *worker, int stop_fd) {
     struct pollfd stop = {.fd = stop_fd, .events = POLLIN};
     for (;;) {
-        for (int i = 0; i < SERVE_BURST && worker->ucp->progress(worker->handle); i++) continue;
+        bool idle = false;
+        for (int i = 0; i < SERVE_BURST && !idle; i++) idle = worker->ucp->progress(worker->handle) == 0;
         int ready = poll(&stop, 1, 0);
         if (ready > 0) return 0;
         if (ready < 0 && errno != EINTR) return errno;
-        sleep_armed(worker, stop_fd, -1);
+        if (idle) sleep_armed(worker, stop_fd, -1);
     }
 }

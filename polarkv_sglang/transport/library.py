@@ -101,7 +101,9 @@ def _open(ffi: FFI, name: str, source: Source) -> Library:
     if spec is None or spec.origin is None:
         raise TransportError(f"{_HELPER} is not built: install the package again, with a C compiler at hand")
     try:
-        ucp, batch = ffi.dlopen(name), ffi.dlopen(spec.origin)
+        # For good: an unload as the interpreter ends would pull the code from under threads of UCX.
+        flags = ffi.RTLD_NOW | ffi.RTLD_NODELETE
+        ucp, batch = ffi.dlopen(name, flags), ffi.dlopen(spec.origin, flags)
         parts = [ffi.new("unsigned *") for _ in range(3)]
         ucp.ucp_get_version(*parts)
     except (OSError, AttributeError) as error:

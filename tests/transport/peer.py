@@ -1,7 +1,7 @@
 """A memory node reduced to its transport: registers memory, serves it, obeys one-line commands on stdin.
 
 Prints one JSON line when ready: address and rkey (hex), base (address of the memory). The command "digest
-OFFSET LENGTH" prints the bytes' xxh3 in hex. At the end of input it stops serving and says how long that took.
+OFFSET LENGTH" prints the bytes' xxh3 in hex. The end of input stops it; it prints how many seconds that took.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,6 +18,14 @@ pytestmark = pytest.mark.timeout(60)
 
 MIB = 1 << 20
 SLACK_S = 1.0  # a busy two-core machine, not UCX
+
+UNTIDY = """
+from conftest import MIB, Client, Direction, Peer
+
+peer, client = Peer(MIB, "tcp"), Client(MIB, "tcp")
+lane = client.connect(peer)
+print(client.transfer(Direction.GET, client.operations(1, 4096, peer), [lane]), flush=True)
+"""
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (64, 256 * 1024), (4096, 4096)])
@@ -272,6 +283,14 @@ def test_an_idle_node_sleeps_and_stops_at_once(start_peer, make_client, tls):
     after = process.cpu_times()
     assert (after.user + after.system) - (before.user + before.system) < 0.2
     assert peer.stop()["stop_s"] < 1.0
+
+
+def test_a_process_may_end_without_closing_anything():
+    """Its peer ends with it: UCX's own thread hears of that while the interpreter unloads what it can."""
+    command = [sys.executable, "-c", UNTIDY]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (0, "[0]\n")
 
 
 def test_statistics_count_what_was_done(start_peer, make_client):

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from examples.demo.processes import Process, ProcessFailed, free_ports
+
+PARENT_WITH_CHILD = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(str(child.pid))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(600)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_stop_ends_the_child_and_its_children(tmp_path):
+    marker = tmp_path / "grandchild"
+    process = Process(
+        "parent", [sys.executable, "-c", PARENT_WITH_CHILD, str(marker)], marker.exists, tmp_path / "log"
+    )
+    process.start()
+    process.wait_until_ready()
+    grandchild = int(marker.read_text())
+    assert is_running(grandchild)
+    process.stop()
+    deadline = time.monotonic() + 10
+    while is_running(grandchild) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(grandchild)
+    process.stop()  # a second time is nothing
+
+
+def test_a_child_that_ends_early_is_reported_with_its_log(tmp_path):
+    command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
+    process = Process("engine", command, lambda: False, tmp_path / "log")
+    process.start()
+    with pytest.raises(ProcessFailed, match=r"(?s)engine ended with status 1.*no such model"):
+        process.wait_until_ready()
+    process.stop()
+
+
+def test_the_command_line_shown_is_the_one_that_runs(tmp_path):
+    program = [sys.executable, "-c", "import os; print(os.environ['GREETING'])"]
+    process = Process("printer", program, lambda: False, tmp_path / "log", {"GREETING": "hello world"})
+    process.start()
+    with pytest.raises(ProcessFailed):
+        process.wait_until_ready()
+    process.stop()
+    again = os.popen(process.command_line()).read()
+    assert again == (tmp_path / "log").read_text() == "hello world\n"
+
+
+def test_free_ports_can_be_bound():
+    ports = free_ports(3)
+    assert len(set(ports)) == 3
+    for port in ports:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", port))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+
+from examples.demo.report import Turn, read_json, summary, table, write_json
+
+KEYS = [
+    "session", "turn", "phase", "prompt_tokens", "l1", "l2", "l3", "computed",
+    "ttft_s", "l1_ttft_s", "plain_ttft_s", "outputs_equal",
+]  # fmt: skip
+
+
+def turn(**changes: object) -> Turn:
+    values = {
+        "session": "types", "turn": 4, "phase": "after_restart", "prompt_tokens": 3000,
+        "l1": 0, "l2": 0, "l3": 2976, "computed": 24,
+        "ttft_s": 0.5, "l1_ttft_s": 0.4, "plain_ttft_s": 5.0, "outputs_equal": True,
+    }  # fmt: skip
+    return Turn(**(values | changes))
+
+
+def test_json_has_exactly_the_published_keys_and_reads_back(tmp_path):
+    turns = [turn(phase="first", turn=1), turn(outputs_equal=False)]
+    write_json(turns, tmp_path / "demo.json")
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert [list(entry) for entry in written] == [KEYS, KEYS]
+    assert read_json(tmp_path / "demo.json") == turns
+
+
+def test_table_columns_line_up():
+    lines = table([turn(), turn(session="string-methods", turn=12, plain_ttft_s=12.5)]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    ends = [line.index(name) + len(name) for line, name in zip(lines[:1], ["speed-up"], strict=True)]
+    assert all(line[ends[0] - 1] == "x" for line in lines[1:])
+
+
+def test_table_shows_a_difference():
+    same, different = table([turn(), turn(outputs_equal=False)]).splitlines()[1:]
+    assert same.endswith("yes")
+    assert different.endswith("NO")
+
+
+def test_summary_compares_restored_turns_only():
+    turns = [
+        turn(phase="first", l3=2900, ttft_s=100.0),
+        turn(ttft_s=0.44),
+        turn(l3=0, computed=3000, ttft_s=5.0),
+    ]
+    text = summary(turns, [1.0, 1.01, 1.5])
+    assert "1 of 2 sessions" in text
+    assert "TTFT of an L1 hit: median 1.10" in text
+    assert "TTFT of plain / TTFT: median 11.4" in text
+    assert "TTFT / TTFT of plain: median 1.010 of 3" in text
+
+
+def test_summary_of_nothing_restored_says_so():
+    assert "0 of 1 sessions" in summary([turn(l3=0, computed=3000)], [])

@@ -1,0 +1,323 @@
+"""The pool as a rank uses it, over real memory nodes and real UCX."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from polarkv_sglang.pool.blocks import Chain, Pieces, chain
+from polarkv_sglang.pool.client import PoolClient
+from polarkv_sglang.pool.placement import place
+from polarkv_sglang.transport.messages import Locate, unpack_u64
+from tests.support import RunningNode, running_node
+
+DEADLINE_S = 0.5
+PIECE_BYTES = 24 << 10
+STRIPE_PAGES = 4
+
+
+class Rank:
+    """A client with memory of its own: blocks of two pieces, K and V."""
+
+    def __init__(self, *nodes: str, blocks: int = 64, token: str | None = None, seed: int = 0) -> None:
+        self.memory = np.random.default_rng(seed).integers(0, 256, (2, blocks, PIECE_BYTES), np.uint8)
+        self.client = PoolClient(nodes, token=token, deadline_s=DEADLINE_S, client="test rank")
+        self.client.register(self.memory.ctypes.data, self.memory.nbytes)
+        assert self.client.membership.wait_tried(10)
+
+    def pieces(self, count: int) -> Pieces:
+        start = self.memory.ctypes.data
+        block = np.arange(count, dtype=np.uint64)
+        return Pieces(
+            np.stack(
+                [start + block * PIECE_BYTES, start + (block + self.memory.shape[1]) * PIECE_BYTES], axis=1
+            ),
+            PIECE_BYTES,
+        )
+
+    def put(self, blocks: Chain) -> list[bool]:
+        return self.client.put(blocks, self.pieces(len(blocks))).tolist()
+
+    def get(self, blocks: Chain) -> list[bool]:
+        """Read over wiped memory."""
+        self.memory[:, : len(blocks)] = 0
+        return self.client.get(blocks, self.pieces(len(blocks))).tolist()
+
+
+@contextlib.contextmanager
+def a_rank(*nodes: str, token: str | None = None, seed: int = 0) -> Iterator[Rank]:
+    rank = Rank(*nodes, token=token, seed=seed)
+    try:
+        yield rank
+    finally:
+        rank.client.close()
+
+
+def prompt(name: str, pages: int, *, before: int = 0) -> Chain:
+    """The blocks of pages ``before`` to ``pages`` of a prompt."""
+    keys = [hashlib.sha256(f"{name} {page}".encode()).digest()[:16] for page in range(pages)]
+    return chain(keys[:before], keys[before:], STRIPE_PAGES)
+
+
+def wait_until_live(rank: Rank, count: int, timeout_s: float = 15) -> None:
+    end = time.monotonic() + timeout_s
+    while len(rank.client.membership.live) != count:
+        assert time.monotonic() < end, rank.client.membership.reasons()
+        time.sleep(0.02)
+
+
+def flip_a_byte(node: RunningNode, key: bytes) -> None:
+    """Change one byte of a block in the slab of a memory node's process."""
+    with node.connect() as control:
+        located = control.request(Locate(control.next_id(), key, 0.01), 5)
+    address = int(unpack_u64(located.address_blob)[0]) + 1000
+    with open(f"/proc/{node.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        byte = memory.read(1)[0]
+        memory.seek(address)
+        memory.write(bytes([byte ^ 0x40]))
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[RunningNode]:
+    with running_node("64MiB") as running:
+        yield running
+
+
+def test_a_block_comes_back_byte_for_byte(node: RunningNode) -> None:
+    blocks = prompt("round trip", 40)
+    with a_rank(node.address) as rank:
+        before = rank.memory.copy()
+        assert rank.put(blocks) == [True] * 40
+        assert rank.get(blocks) == [True] * 40
+        assert (rank.memory == before).all()
+
+
+def test_what_one_rank_put_another_gets(node: RunningNode) -> None:
+    blocks = prompt("shared", 16)
+    with a_rank(node.address, seed=1) as writer, a_rank(node.address, seed=2) as reader:
+        assert writer.put(blocks) == [True] * 16
+        assert reader.client.peek(blocks) == 16
+        assert reader.get(blocks) == [True] * 16
+        assert (reader.memory[:, :16] == writer.memory[:, :16]).all()
+
+
+def test_a_block_that_the_pool_has_is_not_sent_again(node: RunningNode) -> None:
+    blocks = prompt("twice", 8)
+    with a_rank(node.address) as rank:
+        assert rank.put(blocks) == [True] * 8
+        assert rank.put(blocks) == [True] * 8
+        assert rank.client.statistics().put_blocks == 8
+        assert rank.client.statistics().present_blocks == 8
+
+
+def test_reading_ends_at_the_first_miss(node: RunningNode) -> None:
+    head, whole = prompt("gap", 6), prompt("gap", 12)
+    with a_rank(node.address) as rank:
+        assert rank.put(head) == [True] * 6
+        assert rank.client.peek(whole) == 6
+        assert rank.get(whole) == [True] * 6 + [False] * 6
+        # What lies behind a gap is of no use and is not read.
+        tail = prompt("gap", 12, before=8)
+        assert rank.put(tail) == [True] * 4
+        assert rank.get(whole) == [True] * 6 + [False] * 6
+
+
+def test_a_flipped_byte_is_a_miss_and_the_block_is_dropped(node: RunningNode) -> None:
+    blocks = prompt("flipped", 8)
+    with a_rank(node.address) as rank:
+        assert rank.put(blocks) == [True] * 8
+        flip_a_byte(node, blocks.keys[5])
+        assert rank.get(blocks) == [True] * 5 + [False] + [True] * 2
+        assert rank.client.statistics().corrupt_blocks == 1
+        assert rank.client.peek(blocks) == 5
+        assert node.statistics().corrupt_total >= 1
+
+
+def test_a_block_of_another_length_is_a_miss(node: RunningNode) -> None:
+    blocks = prompt("length", 4)
+    with a_rank(node.address) as rank:
+        assert rank.put(blocks) == [True] * 4
+        one_piece = rank.pieces(4)
+        got = rank.client.get(blocks, Pieces(one_piece.addresses[:, :1].copy(), PIECE_BYTES))
+        assert not got.any()
+
+
+def test_a_dead_node_is_a_miss_within_the_deadline_and_then_costs_nothing() -> None:
+    blocks = prompt("dead", 32)
+    with running_node() as doomed, a_rank(doomed.address) as rank:
+        assert rank.put(blocks) == [True] * 32
+        doomed.kill()
+        started = time.monotonic()
+        assert rank.get(blocks) == [False] * 32
+        assert time.monotonic() - started < 2 * DEADLINE_S
+        started = time.monotonic()
+        assert rank.get(blocks) == [False] * 32
+        assert rank.put(blocks) == [False] * 32
+        assert rank.client.peek(blocks) == 0
+        assert time.monotonic() - started < 0.1
+
+
+@pytest.mark.parametrize("operation", ["get", "put", "peek"])
+def test_a_frozen_node_is_a_miss_within_the_deadline_and_then_costs_nothing(operation: str) -> None:
+    blocks, new = prompt("frozen", 32), prompt("frozen, new", 32)
+
+    def operate(rank: Rank) -> None:
+        match operation:
+            case "get":
+                assert rank.get(blocks) == [False] * 32
+            case "put":
+                assert rank.put(new) == [False] * 32
+            case _:
+                assert rank.client.peek(blocks) == 0
+
+    with running_node() as frozen, a_rank(frozen.address) as rank:
+        assert rank.put(blocks) == [True] * 32
+        os.kill(frozen.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        operate(rank)
+        assert time.monotonic() - started < 2 * DEADLINE_S
+        started = time.monotonic()
+        operate(rank)
+        assert time.monotonic() - started < 0.1
+        os.kill(frozen.pid, signal.SIGCONT)
+        wait_until_live(rank, 1)
+        assert rank.get(blocks) == [True] * 32
+
+
+def test_a_node_killed_during_reads_and_writes_loses_nothing_but_hits() -> None:
+    with running_node("256MiB") as doomed, a_rank(doomed.address, seed=3) as rank:
+        blocks = prompt("killed under load", 64)
+        assert rank.put(blocks) == [True] * 64
+        before = rank.memory.copy()
+        killer = threading.Timer(0.3, doomed.kill)
+        killer.start()
+        ended = time.monotonic() + 1.5
+        outcomes = set()
+        while time.monotonic() < ended:
+            got = np.array(rank.get(blocks))
+            # A block that is said to be there is right to the last byte.
+            assert (rank.memory[:, :64][:, got] == before[:, :64][:, got]).all()
+            outcomes.add(bool(got.all()))
+            rank.memory[:] = before
+            rank.put(prompt(f"more {time.monotonic()}", 64))
+        killer.join()
+        assert outcomes == {True, False}
+
+
+def test_an_absent_node_is_used_once_it_is_there() -> None:
+    with running_node() as first:
+        address = first.address
+        first.stop()
+    blocks = prompt("late", 8)
+    with a_rank(address) as rank:
+        assert rank.put(blocks) == [False] * 8
+        with running_node(listen=address):
+            wait_until_live(rank, 1)
+            assert rank.put(blocks) == [True] * 8
+            assert rank.get(blocks) == [True] * 8
+
+
+def test_a_restarted_node_is_empty_and_used_again() -> None:
+    blocks = prompt("restart", 8)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(running_node())
+        rank = stack.enter_context(a_rank(first.address))
+        assert rank.put(blocks) == [True] * 8
+        assert first.stop() == 0
+        stack.enter_context(running_node(listen=first.address))
+        assert rank.client.peek(blocks) == 0
+        wait_until_live(rank, 1)
+        assert rank.get(blocks) == [False] * 8
+        assert rank.put(blocks) == [True] * 8
+        assert rank.get(blocks) == [True] * 8
+
+
+def test_a_wrong_token_keeps_kv_local() -> None:
+    blocks = prompt("token", 4)
+    with running_node(token="right") as guarded:
+        with a_rank(guarded.address, token="wrong") as rank:
+            assert rank.put(blocks) == [False] * 4
+            assert "token" in rank.client.membership.reasons()[guarded.address]
+        with a_rank(guarded.address, token="right") as rank:
+            assert rank.put(blocks) == [True] * 4
+
+
+def test_stripes_are_spread_and_a_dead_node_costs_only_its_own() -> None:
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(running_node()) for _ in range(3)]
+        addresses = [node.address for node in nodes]
+        rank = stack.enter_context(a_rank(*addresses))
+        wait_until_live(rank, 3)
+        blocks = prompt("spread", 64)
+        before = rank.memory.copy()
+        assert rank.put(blocks) == [True] * 64
+        assert rank.get(blocks) == [True] * 64
+        assert (rank.memory == before).all()
+        held = [node.statistics().blocks for node in nodes]
+        assert sum(held) == 64
+        assert all(count % STRIPE_PAGES == 0 for count in held), "a stripe is not split"
+        assert sum(count > 0 for count in held) >= 2
+
+        # The node of the last stripe dies: what comes before it is still a hit.
+        capacities = dict.fromkeys(addresses, 1)
+        home = place(blocks.anchors[-1], capacities)
+        first_lost = next(i for i, anchor in enumerate(blocks.anchors) if place(anchor, capacities) == home)
+        nodes[addresses.index(home)].kill()
+        got = rank.get(blocks)
+        assert got == [True] * first_lost + [False] * (64 - first_lost)
+        # Its stripes find a new home among those that are left.
+        rank.memory[:] = before
+        assert rank.put(blocks) == [True] * 64
+        assert rank.get(blocks) == [True] * 64
+        assert (rank.memory == before).all()
+
+
+def test_a_node_that_joins_takes_only_its_share() -> None:
+    anchors = [hashlib.sha256(str(i).encode()).digest()[:16] for i in range(4000)]
+    three = {"a:1": 100, "b:1": 100, "c:1": 200}
+    four = {**three, "d:1": 100}
+    before, after = [place(a, three) for a in anchors], [place(a, four) for a in anchors]
+    moved = [new for old, new in zip(before, after) if old != new]
+    assert set(moved) == {"d:1"}
+    assert 0.15 < len(moved) / len(anchors) < 0.25
+    assert 0.45 < before.count("c:1") / len(anchors) < 0.55
+
+
+def test_reads_do_not_wait_for_writes() -> None:
+    with running_node("512MiB") as node, a_rank(node.address, seed=4) as rank:
+        blocks = prompt("read beside writes", 4)
+        assert rank.put(blocks) == [True] * 4
+        outgoing = np.zeros((64, PIECE_BYTES), np.uint8)
+        rank.client.register(outgoing.ctypes.data, outgoing.nbytes)
+        addresses = outgoing.ctypes.data + np.arange(64, dtype=np.uint64)[:, None] * PIECE_BYTES
+        stop = threading.Event()
+        writes: list[float] = []
+
+        def write() -> None:
+            while not stop.is_set():
+                started = time.monotonic()
+                rank.client.put(prompt(f"write {started}", 64), Pieces(addresses, PIECE_BYTES))
+                writes.append(time.monotonic() - started)
+
+        threads = [threading.Thread(target=write) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        reads = []
+        for _ in range(20):
+            started = time.monotonic()
+            assert rank.get(blocks) == [True] * 4
+            reads.append(time.monotonic() - started)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        # Eight writers queue for their lane, so a write takes eight turns; a read in that queue would too.
+        assert np.median(reads) < np.median(writes)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polarkv_sglang.transport import messages as m
+from polarkv_sglang.transport.framing import (
+    HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    BadFrame,
+    FrameReader,
+    decode_from_client,
+    decode_from_node,
+    encode_frame,
+    prove,
+)
+
+KEYS = bytes(range(48))
+U64 = m.pack_u64([1, 2, 2**64 - 1])
+FROM_CLIENT = [
+    m.Hello(1, "rank", "engine", bytes(16)),
+    m.Proof(bytes(32)),
+    m.Reserve(1, KEYS, bytes(48), 4096),
+    m.Commit(2, 3, b"\1\0\1", U64),
+    m.Locate(3, KEYS, 1.5),
+    m.Release(4),
+    m.ReportCorrupt(KEYS, U64),
+    m.Peek(5, KEYS),
+    m.Statistics(6),
+]
+FROM_NODE = [
+    m.Challenge(1, bytes(16), True),
+    m.Refused("because"),
+    m.Welcome(bytes(16), b"worker", b"rkey", 2**63, 2**40, 2**26),
+    m.Reserved(1, 2, U64, b"\0\1\2"),
+    m.Committed(2, 3),
+    m.Located(3, 4, U64, U64, U64, U64),
+    m.Peeked(5, b"\1\0\1"),
+]
+
+
+@pytest.mark.parametrize("message", FROM_CLIENT, ids=lambda message: type(message).__name__)
+def test_every_message_of_a_client_survives_the_wire(message: m.FromClient):
+    assert decode_from_client(bytes(encode_frame(message)[HEADER_BYTES:])) == message
+
+
+@pytest.mark.parametrize("message", FROM_NODE, ids=lambda message: type(message).__name__)
+def test_every_message_of_a_node_survives_the_wire(message: m.FromNode):
+    assert decode_from_node(bytes(encode_frame(message)[HEADER_BYTES:])) == message
+
+
+@pytest.mark.parametrize("message", FROM_NODE, ids=lambda message: type(message).__name__)
+def test_message_in_the_wrong_direction_is_a_bad_frame(message: m.FromNode):
+    with pytest.raises(BadFrame):
+        decode_from_client(bytes(encode_frame(message)[HEADER_BYTES:]))
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_bad_frame_or_a_message_and_nothing_else(data: bytes):
+    for decode in (decode_from_client, decode_from_node):
+        try:
+            decode(data)
+        except BadFrame:
+            pass
+
+
+@given(st.sampled_from(FROM_CLIENT), st.integers(0, 60), st.integers(0, 255))
+def test_one_changed_byte_is_a_bad_frame_or_a_message_and_nothing_else(message, position: int, byte: int):
+    frame = encode_frame(message)[HEADER_BYTES:]
+    frame[position % len(frame)] = byte
+    try:
+        decode_from_client(bytes(frame))
+    except BadFrame:
+        pass
+
+
+@given(st.lists(st.sampled_from(FROM_CLIENT), max_size=6), st.lists(st.integers(1, 40)))
+def test_frames_are_the_same_however_the_stream_is_cut(sent, cuts: list[int]):
+    stream = b"".join(encode_frame(message) for message in sent)
+    reader = FrameReader(MAX_FRAME_BYTES)
+    received = []
+    for size in [*cuts, len(stream)]:
+        reader.feed(stream[:size])
+        stream = stream[size:]
+        while (frame := reader.next_frame()) is not None:
+            received.append(decode_from_client(frame))
+    assert received == sent
+
+
+def test_frame_over_the_limit_is_refused_from_its_header():
+    reader = FrameReader(100)
+    reader.feed((101).to_bytes(4, "little"))
+    with pytest.raises(BadFrame, match="101 bytes is over the limit of 100"):
+        reader.next_frame()
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        (["locate", 1, bytes(17), 1.0], "whole keys"),
+        (["locate", 1, bytes(16 * (m.MAX_KEYS + 1)), 1.0], "more than 8192"),
+        (["locate", 1, KEYS, float("nan")], "above 0"),
+        (["locate", -1, KEYS, 1.0], ">= 0"),
+        (["locate", 1, KEYS, 1.0, "more"], "length"),
+        (["reserve", 1, KEYS, bytes(16), 4096], "differ"),
+        (["reserve", 1, KEYS, KEYS, 0], ">= 1"),
+        (["commit", 1, 1, b"\1", b""], "column"),
+        (["report_corrupt", KEYS, bytes(8)], "column"),
+        (["hello", 1, "queen", "engine", bytes(16)], "queen"),
+        (["steal", 1], "steal"),
+    ],
+)
+def test_message_that_is_not_valid_is_refused_by_what_is_wrong(fields: list[object], complaint: str):
+    with pytest.raises(BadFrame, match=complaint):
+        decode_from_client(msgspec.msgpack.encode(fields))
+
+
+def test_hello_of_a_later_version_can_be_read():
+    later = msgspec.msgpack.encode(["hello", 9, "rank", "engine", bytes(16), {"new": True}])
+    hello = decode_from_client(later)
+    assert isinstance(hello, m.Hello)
+    assert hello.protocol_version == 9
+
+
+def test_numbers_and_keys_come_back_from_their_blobs():
+    assert m.unpack_u64(U64).tolist() == [1, 2, 2**64 - 1]
+    assert m.unpack_u64(U64).dtype == np.uint64
+    assert m.split_keys(KEYS) == [KEYS[:16], KEYS[16:32], KEYS[32:]]
+
+
+def test_proof_depends_on_the_token_and_on_both_nonces():
+    macs = {
+        prove(token, a, b)
+        for token in ("x", "y")
+        for a in (b"1" * 16, b"2" * 16)
+        for b in (b"3" * 16, b"4" * 16)
+    }
+    assert len(macs) == 8
