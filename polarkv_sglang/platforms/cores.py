@@ -52,8 +52,8 @@ def parse_cores(text: str) -> set[int]:
     cores: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            cores.update(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            cores.update(range(int(first), int(last if dash else first) + 1))
     except ValueError as error:
         raise ConfigError(
             f"SGLANG_CPU_OMP_THREADS_BIND: {text!r} is not a list of cores such as 0,2-3"

@@ -1,4 +1,4 @@
-"""The client's end of the control plane against nodes that misbehave; real nodes are in tests/pool/test_node.py."""
+"""The client's end of the control plane against nodes that misbehave; pool/test_node.py has real ones."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ def connect(address: str, deadline_s: float = 5.0, token: str | None = None) -> 
 def until_closed(connection: socket.socket) -> None:
     while connection.recv(65536):
         pass
+
+
+def flood(connection: ControlConnection) -> None:
+    while True:
+        connection.send(Locate(connection.next_id(), bytes(16 * 8192), 1.0), 0.3)
 
 
 def test_absent_node_is_a_node_error_that_names_it():
@@ -194,7 +199,6 @@ def test_node_that_reads_nothing_costs_one_send_deadline():
     with scripted_node(serve) as address, connect(address) as connection:
         started = time.monotonic()
         with pytest.raises(NodeTimeout, match="does not read"):
-            while True:
-                connection.send(Locate(connection.next_id(), bytes(16 * 8192), 1.0), 0.3)
+            flood(connection)
         assert time.monotonic() - started < 5.0
         done.set()

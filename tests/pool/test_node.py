@@ -1,0 +1,328 @@
+"""A real memory node in a process of its own, and clients that behave and that do not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from polarkv_sglang.config import parse_address
+from polarkv_sglang.errors import NodeError
+from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.transport import OPERATION, Context, Direction, Worker, load_library
+from polarkv_sglang.transport.control import ControlConnection, NodeRefused, NodeTimeout
+from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, MAX_HANDSHAKE_FRAME_BYTES, encode_frame
+from polarkv_sglang.transport.messages import (
+    NONCE_BYTES,
+    PROTOCOL_VERSION,
+    Commit,
+    Hello,
+    KeyState,
+    Locate,
+    Peek,
+    Proof,
+    Release,
+    ReportCorrupt,
+    Reserve,
+    Reserved,
+    Statistics,
+    pack_u64,
+    unpack_u64,
+)
+from tests.support import RunningNode, running_node
+
+KEY = bytes(range(16))
+
+
+def reserve(connection: ControlConnection, key: bytes = KEY, length: int = 4096) -> Reserved:
+    return connection.request(Reserve(connection.next_id(), key, NO_PARENT, length), 5.0)
+
+
+def commit(connection: ControlConnection, reservation: int, mask: bytes = b"\1") -> int:
+    return connection.request(
+        Commit(connection.next_id(), reservation, mask, bytes(8 * len(mask))), 5.0
+    ).count
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.02)
+
+
+def raw(node: RunningNode) -> socket.socket:
+    sock = socket.create_connection(parse_address(node.address), timeout=5.0)
+    sock.settimeout(5.0)
+    return sock
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the node ends the connection (after what it may still have to say)."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+def flood(connection: ControlConnection) -> None:
+    for _ in range(2000):
+        connection.send(Locate(1, bytes(16 * 4096), 1.0), 1.0)
+
+
+def test_block_put_by_one_client_is_got_by_another():
+    rng = np.random.default_rng(0)
+    context = Context(load_library())
+    try:
+        with running_node() as node, node.connect() as writer, node.connect() as reader:
+            local = rng.integers(0, 256, 2 * 8192, dtype=np.uint8)
+            memory = context.register(local.ctypes.data, local.nbytes)
+            lane = Worker(context)
+            endpoint = lane.connect(writer.welcome.worker_address)
+            key = endpoint.unpack(writer.welcome.rkey)
+
+            def move(direction: Direction, offset: int, remote: int) -> None:
+                row = np.array([(local.ctypes.data + offset, remote, 8192, 0, 0)], OPERATION)
+                assert lane.transfer(direction, row, [endpoint], [memory], [key], 5.0).tolist() == [0]
+
+            reserved = reserve(writer, length=8192)
+            move(Direction.PUT, 0, int(unpack_u64(reserved.address_blob)[0]))
+            commit(writer, reserved.reservation)
+            located = reader.request(Locate(reader.next_id(), KEY, 5.0), 5.0)
+            assert unpack_u64(located.length_blob).tolist() == [8192]
+            move(Direction.GET, 8192, int(unpack_u64(located.address_blob)[0]))
+            assert (local[:8192] == local[8192:]).all()
+    finally:
+        context.close()
+
+
+def test_wrong_token_is_refused_and_counted():
+    with running_node(token="right") as node:
+        for token, reason in (("wrong", "another token"), (None, "asks for a token")):
+            with pytest.raises(NodeRefused, match=reason):
+                ControlConnection.connect(
+                    node.address, token=token, role="rank", client="test", deadline_s=5.0
+                )
+        assert node.statistics().refused_total == {"token": 1}
+
+
+def test_no_rkey_without_the_token():
+    with running_node(token="right") as node, raw(node) as sock:
+        sock.sendall(encode_frame(Hello(PROTOCOL_VERSION, "rank", "thief", bytes(NONCE_BYTES))))
+        sock.sendall(encode_frame(Proof(bytes(32))))
+        received = b""
+        while data := sock.recv(65536):
+            received += data
+        with node.connect() as connection:
+            assert connection.welcome.rkey not in received
+            assert connection.welcome.worker_address not in received
+
+
+def test_only_ranks_are_given_the_rkey_and_may_write():
+    with running_node() as node:
+        with node.connect("rank") as rank:
+            assert rank.welcome.rkey
+        for role in ("observer", "lifeline"):
+            with node.connect(role) as connection:
+                assert connection.welcome.rkey == connection.welcome.worker_address == b""
+                assert connection.request(Peek(connection.next_id(), KEY), 5.0).present == b"\0"
+                with pytest.raises(NodeError):
+                    reserve(connection)
+
+
+def test_other_version_is_refused_with_both_versions_named():
+    with running_node() as node:
+        with raw(node) as sock:
+            sock.sendall(encode_frame(Hello(PROTOCOL_VERSION + 1, "rank", "test", bytes(NONCE_BYTES))))
+            answer = sock.recv(65536)
+            assert f"protocol {PROTOCOL_VERSION}, we speak {PROTOCOL_VERSION + 1}".encode() in answer
+            assert is_closed(sock)
+        assert node.statistics().refused_total == {"version": 1}
+
+
+def test_garbage_closes_its_own_connection_and_nothing_else():
+    rng = random.Random(7)
+    hello = bytes(encode_frame(Hello(PROTOCOL_VERSION, "rank", "test", bytes(NONCE_BYTES))))
+    proof = bytes(encode_frame(Proof(b"")))
+    valid = [
+        bytes(encode_frame(message))
+        for message in (
+            Reserve(1, KEY, NO_PARENT, 4096),
+            Commit(1, 99, b"\1", bytes(8)),
+            Locate(1, KEY, 1.0),
+            Release(1),
+            Statistics(1),
+        )
+    ]
+    with running_node() as node, node.connect() as bystander:
+        commit(bystander, reserve(bystander).reservation)
+        for turn in range(300):
+            frame = bytearray(rng.choice([hello, proof, *valid]))
+            for _ in range(rng.randint(1, 4)):
+                frame[rng.randrange(len(frame))] = rng.randrange(256)
+            if turn % 3 == 0:
+                del frame[rng.randrange(len(frame)) :]
+            with raw(node) as sock:
+                sock.sendall((hello + proof if turn % 2 else b"") + frame)
+        assert bystander.request(Peek(bystander.next_id(), KEY), 5.0).present == b"\1"
+        eventually(lambda: node.statistics().connections == 2)  # the bystander and the question itself
+        assert node.statistics().bad_frames_total > 50
+
+
+@pytest.mark.parametrize("authenticated", [False, True])
+def test_oversized_frame_is_refused_from_its_header(authenticated: bool):
+    with running_node() as node:
+        with raw(node) as sock:
+            limit = MAX_HANDSHAKE_FRAME_BYTES
+            if authenticated:
+                limit = MAX_FRAME_BYTES
+                sock.sendall(encode_frame(Hello(PROTOCOL_VERSION, "rank", "test", bytes(NONCE_BYTES))))
+                sock.sendall(encode_frame(Proof(b"")))
+            sock.sendall((limit + 1).to_bytes(4, "little"))
+            assert is_closed(sock)
+        assert node.statistics().bad_frames_total == 1
+
+
+def test_client_that_never_reads_is_made_to_wait_and_others_are_not():
+    with running_node() as node, node.connect() as greedy, node.connect() as other:
+        with pytest.raises(NodeTimeout, match="does not read"):
+            flood(greedy)
+        assert other.request(Peek(other.next_id(), KEY), 5.0).present == b"\0"
+
+
+def test_two_writers_of_a_key_make_one_block():
+    with running_node() as node, node.connect() as one, node.connect() as two:
+        first, second = reserve(one), reserve(two)
+        assert (first.states[0], second.states[0]) == (KeyState.RESERVED, KeyState.BUSY)
+        assert second.reservation == 0
+        assert commit(two, first.reservation) == 0  # not its reservation
+        assert commit(one, first.reservation) == 1
+        assert reserve(two).states[0] == KeyState.PRESENT
+        assert node.statistics().blocks == 1
+
+
+def test_leases_of_a_lost_client_outlive_it():
+    with running_node() as node:
+        with node.connect() as client:
+            commit(client, reserve(client).reservation)
+            client.request(Locate(client.next_id(), KEY, 1.0), 5.0)
+            reserve(client, bytes(16)[:-1] + b"\7")
+        eventually(lambda: node.statistics().connections == 1)
+        now = node.statistics()
+        assert (now.leases, now.reservations) == (1, 1)
+        eventually(lambda: node.statistics().leases == 0)
+        assert node.statistics().expired_leases_total == 1
+
+
+def test_pipelined_requests_are_answered_in_order():
+    with running_node() as node, node.connect() as client:
+        ids = [client.next_id() for _ in range(200)]
+        for request_id in ids:
+            client.send(Peek(request_id, KEY))
+        deadline = time.monotonic() + 5.0
+        assert [client.receive(deadline).request_id for _ in ids] == ids  # type: ignore[union-attr]
+
+
+def test_pool_is_never_larger_than_its_capacity():
+    with running_node("4MiB") as node, node.connect() as client:
+        for _ in range(6):
+            keys = os.urandom(16 * 100)
+            reserved = client.request(Reserve(client.next_id(), keys, bytes(1600), 65536), 5.0)
+            addresses = unpack_u64(reserved.address_blob)
+            addresses = addresses[addresses != 0]
+            base = client.welcome.base_address
+            assert len(addresses) <= 64
+            assert addresses.min() >= base
+            assert addresses.max() + 65536 <= base + client.welcome.capacity_bytes
+            mask = b"\1" * len(addresses)
+            client.request(Commit(client.next_id(), reserved.reservation, mask, bytes(8 * len(mask))), 5.0)
+        now = node.statistics()
+        assert now.used_bytes <= now.capacity_bytes == 4 << 20
+        assert now.blocks == 64
+        assert now.evictions_total > 0
+        assert now.refused_total["no_room"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_node_cleanly_with_clients_connected(number: signal.Signals):
+    with running_node("64MiB", "--metrics-port", "0", "--prefault") as node, node.connect() as client:
+        reserve(client)
+        node.process.send_signal(number)
+        assert node.process.wait(10.0) == 0
+        with pytest.raises(NodeError):
+            reserve(client)
+
+
+def test_every_start_is_another_incarnation():
+    ids = []
+    for _ in range(2):
+        with running_node() as node, node.connect("observer") as client:
+            ids.append(client.welcome.node_id)
+            assert node.ready_line.startswith(f"polarkv node {client.welcome.node_id.hex()[:12]} ")
+    assert ids[0] != ids[1]
+
+
+def scrape(node: RunningNode) -> dict[str, float]:
+    """Samples by name, labels included."""
+    assert node.metrics_url is not None
+    with urllib.request.urlopen(node.metrics_url, timeout=5.0) as response:
+        lines = response.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
+def test_metrics_show_what_happened():
+    with running_node("64MiB", "--metrics-port", "0", token="secret") as node, node.connect() as client:
+        commit(client, reserve(client).reservation)
+        client.request(Locate(client.next_id(), KEY + bytes(16), 5.0), 5.0)
+        with raw(node) as sock:
+            sock.sendall(b"\xff" * 8)
+            assert is_closed(sock)
+        assert scrape(node) == {
+            "polarkv_node_capacity_bytes": 64 << 20,
+            "polarkv_node_used_bytes": 4096,
+            "polarkv_node_blocks": 1,
+            "polarkv_node_reservations": 0,
+            "polarkv_node_leases": 1,
+            "polarkv_node_quarantined_blocks": 0,
+            "polarkv_node_connections": 1,
+            "polarkv_node_hits_total": 1,
+            "polarkv_node_misses_total": 1,
+            "polarkv_node_commits_total": 1,
+            "polarkv_node_late_commits_total": 0,
+            "polarkv_node_evictions_total": 0,
+            "polarkv_node_corrupt_total": 0,
+            "polarkv_node_expired_leases_total": 0,
+            "polarkv_node_expired_reservations_total": 0,
+            "polarkv_node_bad_frames_total": 1,
+        }
+
+
+def test_refusals_are_labelled_by_reason_in_the_metrics():
+    with running_node("4MiB", "--segment", "2MiB", "--metrics-port", "0") as node, node.connect() as client:
+        assert reserve(client, length=3 << 20).states[0] == KeyState.NO_ROOM
+        assert scrape(node)['polarkv_node_refused_total{reason="too_long"}'] == 1
+
+
+def test_corrupt_report_makes_the_block_a_miss():
+    with running_node() as node, node.connect() as client:
+        commit(client, reserve(client).reservation)
+        located = client.request(Locate(client.next_id(), KEY, 5.0), 5.0)
+        client.send(ReportCorrupt(KEY, pack_u64([int(unpack_u64(located.generation_blob)[0]) + 1])))
+        assert client.request(Peek(client.next_id(), KEY), 5.0).present == b"\1"
+        client.send(ReportCorrupt(KEY, located.generation_blob))
+        assert client.request(Peek(client.next_id(), KEY), 5.0).present == b"\0"
+        assert node.statistics().quarantined_blocks == 1
+        client.send(Release(located.lease))
+        eventually(lambda: node.statistics().quarantined_blocks == 0)
