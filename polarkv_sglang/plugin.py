@@ -113,7 +113,12 @@ def _with_embedded_node(config: PolarConfig) -> PolarConfig:
 
     from polarkv_sglang.pool.embedded import default_capacity_bytes, start_or_join
 
-    node = start_or_join(capacity_bytes=config.capacity_bytes or default_capacity_bytes(), token=config.token)
+    node = start_or_join(
+        capacity_bytes=config.capacity_bytes or default_capacity_bytes(),
+        token=config.token,
+        ucx_tls=config.ucx_tls,
+        ucx_library=config.ucx_library,
+    )
     _lifelines.append(node)
     return msgspec.structs.replace(config, nodes=(node.address,), token=node.token)
 

@@ -15,6 +15,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 # Rows per call after a prefix: enough to keep the kernel busy, few enough that little of it is masked away.
 _BLOCK_ROWS: Final = 512
+# Up to so many new tokens reading the keys costs more than computing with them.
+_FEW: Final = 32
 
 
 class RequestKV(NamedTuple):
@@ -48,30 +50,37 @@ def attend(query: torch.Tensor, kv: RequestKV, scale: float | None, output: torc
     total, kv_heads, _ = kv.keys.shape
     group = heads // kv_heads
     keys, values = (part.movedim(0, 1).unsqueeze(0) for part in kv)
-    if 1 < new == total:
-        result = scaled_dot_product_attention(
-            query.movedim(0, 1).unsqueeze(0), keys, values, is_causal=True, scale=scale, enable_gqa=group > 1
-        )
-        output.copy_(result.squeeze(0).movedim(1, 0)[..., : output.shape[-1]])
+    if new <= _FEW:
+        # The heads that share a KV head become rows of one head: its keys are read once, not ``group`` times.
+        grouped = query.view(new, kv_heads, group, -1).permute(1, 2, 0, 3)
+        folded = grouped.reshape(1, kv_heads, group * new, -1)
+        mask = _causal_mask(new, total).repeat(group, 1) if new > 1 else None
+        result = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+        unfolded = result.reshape(kv_heads, group, new, -1).permute(2, 0, 1, 3).flatten(1, 2)
+        output.copy_(unfolded[..., : output.shape[-1]])
         return
-    # The heads that share a KV head become rows of one head: its keys are then read once, not `group` times.
-    step = max(1, _BLOCK_ROWS // group)
+    queries = query.movedim(0, 1).unsqueeze(0)
+    # The kernel's own causal mask skips what it hides, but starts at the first key: no use after a prefix.
+    whole = new == total
+    step = new if whole else _BLOCK_ROWS
     for start in range(0, new, step):
         end = min(start + step, new)
-        rows, visible = end - start, total - new + end
-        folded = query[start:end].view(rows, kv_heads, group, -1).permute(1, 2, 0, 3)
-        mask = None
-        if rows > 1:
-            mask = torch.ones(rows, visible, dtype=torch.bool).tril_(visible - rows).repeat(group, 1)
+        visible = total - new + end
         result = scaled_dot_product_attention(
-            folded.reshape(1, kv_heads, group * rows, -1),
+            queries[:, :, start:end],
             keys[:, :, :visible],
             values[:, :, :visible],
-            attn_mask=mask,
+            attn_mask=None if whole else _causal_mask(end - start, visible),
+            is_causal=whole,
             scale=scale,
+            enable_gqa=group > 1,
         )
-        unfolded = result.reshape(kv_heads, group, rows, -1).permute(2, 0, 1, 3).flatten(1, 2)
-        output[start:end] = unfolded[..., : output.shape[-1]]
+        output[start:end] = result.squeeze(0).movedim(1, 0)[..., : output.shape[-1]]
+
+
+def _causal_mask(rows: int, visible: int) -> torch.Tensor:
+    """Which of ``visible`` tokens each of the last ``rows`` of them attends to."""
+    return torch.ones(rows, visible, dtype=torch.bool).tril_(visible - rows)
 
 
 class SuffixAttnBackend(TorchNativeAttnBackend):

@@ -199,11 +199,6 @@ def _join(folder: Path, token: str | None) -> EmbeddedNode | None:
     record = _read(folder)
     if record is None or not psutil.pid_exists(record.pid):
         return None
-    if token is not None and token != record.token:
-        raise PolarError(
-            f"the embedded memory node at {record.address} (pid {record.pid}) was started with another "
-            "token than POLARKV_TOKEN; use that one, none, or another POLARKV_RUNTIME_DIR"
-        )
     try:
         lifeline = ControlConnection.connect(
             record.address,
@@ -217,6 +212,12 @@ def _join(folder: Path, token: str | None) -> EmbeddedNode | None:
     except NodeError as error:
         _logger.info("the recorded embedded memory node is gone: %s", error)
         return None
+    if token is not None and token != record.token:
+        lifeline.close()
+        raise PolarError(
+            f"the embedded memory node at {record.address} (pid {record.pid}) was started with another "
+            "token than POLARKV_TOKEN; use that one, none, or another POLARKV_RUNTIME_DIR"
+        )
     return EmbeddedNode(record.address, record.token, record.pid, lifeline)
 
 

@@ -26,7 +26,9 @@ def _l1(page_size: int, row: tuple[int, ...], fill: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("row", [(2, 32), (1, 80)], ids=["mha", "mla"])
 @pytest.mark.parametrize("parts", [1, 2], ids=["latent", "k and v"])
-def test_pages_come_back_from_a_page_first_host_pool(page_size: int, row: tuple[int, ...], parts: int) -> None:
+def test_pages_come_back_from_a_page_first_host_pool(
+    page_size: int, row: tuple[int, ...], parts: int
+) -> None:
     torch.manual_seed(0)
     host = [torch.zeros(L2_PAGES, LAYERS, page_size, *row).bfloat16() for _ in range(parts)]
     l1 = [_l1(page_size, row, fill=True) for _ in range(parts)]

@@ -1,0 +1,122 @@
+"""Real SGLang servers with PolarKV, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.demo.client import Reply, generate
+from examples.demo.processes import free_ports
+
+READY_S = 240.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """An SGLang server in a process group of its own."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int = 12) -> Reply:
+        """Greedy continuation; the sources of the prompt's tokens always add up."""
+        reply = generate(self.port, prompt, max_new_tokens)
+        assert reply.tiers is not None, "no meta_info['polarkv']"
+        assert reply.tiers.adds_up()
+        assert reply.tiers.prompt == len(prompt)
+        return reply
+
+    def post(self, path: str, **body: object) -> dict[str, object]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            text = response.read()
+        try:
+            return dict(json.loads(text))
+        except (json.JSONDecodeError, TypeError, ValueError):
+            return {}
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return str(response.read().decode())
+
+    def flush(self) -> None:
+        """Lose L1 and L2; refused while a request is still winding down."""
+        for _ in range(50):
+            with contextlib.suppress(urllib.error.HTTPError):
+                self.post("/flush_cache")
+                return
+            time.sleep(0.1)
+        raise AssertionError("the cache could not be flushed")
+
+    def generate_from_pool(self, prompt: list[int], at_least: int, **more: int) -> Reply:
+        """Generate with L1 and L2 lost, once the write to the pool has ended."""
+        for _ in range(40):
+            self.flush()
+            reply = self.generate(prompt, **more)
+            if reply.tiers is not None and reply.tiers.l3 >= at_least:
+                return reply
+            time.sleep(0.25)
+        raise AssertionError(f"only {reply.tiers} came from the pool\n{tail(self.log)}")
+
+
+@contextlib.contextmanager
+def running_server(
+    model: Path,
+    log: Path,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    launcher: tuple[str, ...] = (sys.executable, "-m", "sglang.launch_server"),
+) -> Iterator[Server]:
+    """Start a server with ``--enable-polarkv`` and wait until it has answered its first request."""
+    (port,) = free_ports(1)
+    line = [*launcher, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--enable-polarkv", "--page-size", "16", "--max-total-tokens", "4096", "--hicache-ratio", "2"]
+    line += ["--sleep-on-idle", "--enable-metrics", *flags]
+    environ = {**os.environ, "TORCHDYNAMO_DISABLE": "1", **(environment or {})}
+    with log.open("wb") as file, subprocess.Popen(
+        line, env=environ, stdout=file, stderr=file, start_new_session=True
+    ) as process:
+        server = Server(port, process, log)
+        try:
+            _wait_until_ready(server)
+            yield server
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_until_ready(server: Server) -> None:
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        assert server.process.poll() is None, f"the server ended\n{tail(server.log)}"
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            server.get("/health")
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"the server was not ready in {READY_S} s\n{tail(server.log)}")
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def prompt(seed: int, tokens: int, vocabulary: int = 512) -> list[int]:
+    """A prompt of its own for each seed."""
+    draw = random.Random(seed)
+    return [draw.randrange(10, vocabulary) for _ in range(tokens)]
