@@ -67,6 +67,7 @@ ENGINE_SURFACES = (
     Surface(_CACHE + "_drop_subtree_no_host", ("node_id", "tracker")),
     Surface(_CACHE + "_execute_and_commit_kv_backup", ("action", "write_back")),
     Surface(_CACHE + "_handle_prefetch_result", ("operation",)),
+    Surface(_CACHE + "check_prefetch_progress", ("request",)),
     Surface(_CACHE + "_all_reduce", ("data", "tp_reduce_op")),
     Surface(_CORE + "collect_path_info", ("end_node_ids",)),
     Surface(_CORE + "evict_device_start", ("component_type", "request_cnt")),

@@ -58,7 +58,9 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "ucx_tls": ("tcp,cma", '"tcp,cma"'),
     }
     assert set(values) == set(SETTINGS)
-    flags = [part for name, (text, _) in values.items() for part in (f"--polarkv-{name.replace('_', '-')}", text)]
+    flags = [
+        part for name, (text, _) in values.items() for part in (f"--polarkv-{name.replace('_', '-')}", text)
+    ]
     by_flag = from_flags(parsed(*flags), environ={})
     by_variable = load_config(environ={f"POLARKV_{name.upper()}": text for name, (text, _) in values.items()})
     file = tmp_path / "all.toml"
@@ -118,7 +120,8 @@ def test_a_plain_number_is_bytes(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("8GiB", 8 * 2**30), ("1.5 gb", 1.5e9), ("64K", 64000), ("2tib", 2 * 2**40), ("7 B", 7)]
+    ("text", "count"),
+    [("8GiB", 8 * 2**30), ("1.5 gb", 1.5e9), ("64K", 64000), ("2tib", 2 * 2**40), ("7 B", 7)],
 )
 def test_sizes_have_units(text: str, count: float) -> None:
     assert parse_bytes(text) == count

@@ -86,7 +86,9 @@ def test_weights_are_named_by_every_byte_name_and_shape() -> None:
 
 def test_a_config_is_named_by_content_not_by_place() -> None:
     config: dict[str, object] = {"rope_theta": 1e4, "_name_or_path": "/a", "transformers_version": "5"}
-    assert digest_config({**config, "_name_or_path": "/b", "transformers_version": "6"}) == digest_config(config)
+    assert digest_config({**config, "_name_or_path": "/b", "transformers_version": "6"}) == digest_config(
+        config
+    )
     assert digest_config({**config, "rope_theta": 1e6}) != digest_config(config)
 
 

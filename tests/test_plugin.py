@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ NODES = ("--polarkv-nodes", "127.0.0.1:7411")
 
 
 @pytest.fixture(autouse=True)
-def _disabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     load_plugins()
     monkeypatch.setattr(plugin, "_enabled", False)
-    yield
 
 
 def launch(*flags: str) -> ServerArgs:

@@ -62,7 +62,7 @@ class Lane:
             link.endpoint.close(force=True)
 
     def replace_worker(self) -> None:
-        """When UCX did not let go of a batch's memory in time: closing the worker makes it; holding ``lock``."""
+        """When UCX did not let go of a batch's memory: closing the worker makes it. Hold ``lock``."""
         for address in list(self.links):
             self.drop(address)
         if self.worker is not None and self._context is not None:

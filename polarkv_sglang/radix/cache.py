@@ -20,6 +20,7 @@ from polarkv_sglang.runtime import PolarRuntime, current_runtime
 
 if TYPE_CHECKING:
     from sglang.srt.managers.cache_controller import PrefetchOperation
+    from sglang.srt.mem_cache.unified_radix_cache import CacheRequestHandle
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _AGREE_STEPS = 256
 _SPILL_AHEAD_TOKENS = 8192
 _ALL_TOKENS = 1 << 60
 _DRAIN_POLL_S = 0.001
+_YIELD_S = 50e-6
 
 
 class PolarRadixCache(UnifiedRadixCache):
@@ -92,6 +94,19 @@ class PolarRadixCache(UnifiedRadixCache):
         while self.ongoing_backup or self.ongoing_write_through:
             super().check_hicache_events()  # ours would go on spilling
             time.sleep(_DRAIN_POLL_S)
+
+    # Fetching
+
+    def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
+        """Whether a request's fetch has ended; while it has not, lets the threads that fetch have the GIL.
+
+        The scheduler polls in a tight loop where nothing else can run, and a storage thread that wants the
+        GIL would wait a switch interval (5 ms) for every step of its fetch.
+        """
+        ready = bool(super().check_prefetch_progress(request))
+        if not ready:
+            time.sleep(_YIELD_S)
+        return ready
 
     # Spilling
 

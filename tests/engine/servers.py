@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.demo.client import Reply, generate
-from examples.demo.processes import free_ports
 
 READY_S = 240.0
 
@@ -84,14 +84,15 @@ def running_server(
     launcher: tuple[str, ...] = (sys.executable, "-m", "sglang.launch_server"),
 ) -> Iterator[Server]:
     """Start a server with ``--enable-polarkv`` and wait until it has answered its first request."""
-    (port,) = free_ports(1)
+    port = _free_port()
     line = [*launcher, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
     line += ["--enable-polarkv", "--page-size", "16", "--max-total-tokens", "4096", "--hicache-ratio", "2"]
     line += ["--sleep-on-idle", "--enable-metrics", *flags]
     environ = {**os.environ, "TORCHDYNAMO_DISABLE": "1", **(environment or {})}
-    with log.open("wb") as file, subprocess.Popen(
-        line, env=environ, stdout=file, stderr=file, start_new_session=True
-    ) as process:
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(line, env=environ, stdout=file, stderr=file, start_new_session=True) as process,
+    ):
         server = Server(port, process, log)
         try:
             _wait_until_ready(server)
@@ -99,6 +100,15 @@ def running_server(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    """At random: the server binds it only half a minute from now, and others look for ports too."""
+    while True:
+        port = random.randrange(20000, 31000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait_until_ready(server: Server) -> None:

@@ -69,7 +69,9 @@ def test_what_one_server_computed_another_fetches(
 
 def test_metrics_count_every_prompt_token_by_source(server: Server) -> None:
     def counted() -> dict[str, float]:
-        lines = [line for line in server.get("/metrics").splitlines() if line.startswith("polarkv_prompt_tokens")]
+        lines = [
+            line for line in server.get("/metrics").splitlines() if line.startswith("polarkv_prompt_tokens")
+        ]
         return {line.split('source="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
     before = counted()

@@ -146,7 +146,7 @@ class Engine:
         self._requests += 1
         request = CacheRequestHandle(f"request {self._requests}", 0)
 
-        def match():  # noqa: ANN202
+        def match():
             return cache.match_prefix(MatchPrefixParams(key=self._key(tokens, extra_key, salt)))
 
         found = match()
@@ -200,7 +200,7 @@ class Engine:
         for _ in range(times):
             self.cache.check_hicache_events()
 
-    def settle(self, done=None, timeout_s: float = 20) -> None:  # noqa: ANN001
+    def settle(self, done=None, timeout_s: float = 20) -> None:
         """Scheduler steps until all transfers have ended (and ``done()`` holds)."""
         cache = self.cache
         end = time.monotonic() + timeout_s

@@ -63,36 +63,36 @@ def test_more_prompts_than_l1_and_l2_hold_all_come_back(node: RunningNode, spill
         engine.cache.sanity_check()
 
 
-def test_spilling_ahead_leaves_no_copy_to_an_allocation(node: RunningNode) -> None:
+@pytest.mark.parametrize(("watermark", "ahead"), [(0.0, False), (0.6, True)])
+def test_spilling_ahead_leaves_no_copy_to_an_allocation(
+    node: RunningNode, watermark: float, ahead: bool
+) -> None:
     """Under write-back SGLang copies a victim while the allocation waits; ours are copied before."""
-    copies_in_eviction = {}
-    for watermark in (0.0, 0.6):
-        config = settings(node, "evict", spill_watermark=watermark)
-        with an_engine(config, l1_tokens=512, l2_ratio=4.0) as engine:
-            controller, evict = engine.cache.cache_controller, engine.cache.evict_for_alloc
-            copied, write = [], controller.write
-            evicting = False
+    config = settings(node, "evict", spill_watermark=watermark)
+    with an_engine(config, l1_tokens=512, l2_ratio=4.0) as engine:
+        controller, evict = engine.cache.cache_controller, engine.cache.evict_for_alloc
+        write = controller.write
+        copies: list[bool] = []  # for each copy, whether an eviction waited for it
+        evicting = False
 
-            def watched_write(*args: object, **kwargs: object) -> object:
-                if evicting:
-                    copied.append(args)
-                return write(*args, **kwargs)
+        def watched_write(*args: object, **kwargs: object) -> object:
+            copies.append(evicting)
+            return write(*args, **kwargs)
 
-            def watched_evict(*args: object, **kwargs: object) -> object:
-                nonlocal evicting
-                evicting = True
-                try:
-                    return evict(*args, **kwargs)
-                finally:
-                    evicting = False
+        def watched_evict(*args: object, **kwargs: object) -> object:
+            nonlocal evicting
+            evicting = True
+            try:
+                return evict(*args, **kwargs)
+            finally:
+                evicting = False
 
-            controller.write, engine.cache.evict_for_alloc = watched_write, watched_evict
-            for number in range(12):
-                engine.serve(prompt(100 * int(10 * watermark) + number, 128))
-                engine.settle()
-            copies_in_eviction[watermark] = len(copied)
-    assert copies_in_eviction[0.0] > 0
-    assert copies_in_eviction[0.6] == 0
+        controller.write, engine.cache.evict_for_alloc = watched_write, watched_evict
+        for number in range(12):
+            engine.serve(prompt(number, 128))
+            engine.settle()
+    assert copies
+    assert any(copies) != ahead
 
 
 def test_under_evict_what_stays_in_l1_is_not_written(node: RunningNode) -> None:
