@@ -34,9 +34,6 @@ def activate() -> None:
     from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from polarkv_sglang.platforms import install_cpu_hooks
-
-    install_cpu_hooks()
     if get_radix_cache_factory(BACKEND) is None:
         register_radix_cache_backend(BACKEND, _create_cache)
     HookRegistry.register(compat.ADD_FLAGS, _add_flags, HookType.AFTER)

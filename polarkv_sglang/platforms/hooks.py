@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import psutil
 
+from polarkv_sglang.compat import Surface, check_surfaces
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
@@ -23,37 +25,40 @@ _BACKUP: Final = ("host_indices", "device_indices", "io_backend")
 
 # Each callable of SGLang that we call, override or replace, and the parameters that this relies on. SGLang
 # has no transfer functions on a CPU, which is why we add them: the methods that call them stand for them.
-SURFACES: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
-    ("sglang.srt.platforms.interface.SRTPlatform.init_backend", ()),
-    ("sglang.srt.platforms.interface.SRTPlatform.apply_server_args_defaults", ("server_args",)),
-    ("sglang.srt.layers.attention.attention_registry.register_attention_backend", ("name",)),
-    ("sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend", ("model_runner",)),
-    (
+SURFACES: Final = (
+    Surface("sglang.srt.platforms.interface.SRTPlatform.init_backend", ()),
+    Surface("sglang.srt.platforms.interface.SRTPlatform.apply_server_args_defaults", ("server_args",)),
+    Surface("sglang.srt.layers.attention.attention_registry.register_attention_backend", ("name",)),
+    Surface("sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend", ("model_runner",)),
+    Surface(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
         (*_TENSORS, *_REQUESTS, "extend_prefix_lens", "extend_seq_lens", *_OPTIONS),
     ),
-    (
+    Surface(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode",
         (*_TENSORS, *_REQUESTS, *_OPTIONS),
     ),
-    (
+    Surface(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
         ("backend_name", "handler_func"),
     ),
-    ("sglang.srt.utils.numa_utils.init_threads_binding", ("numa_index", "world_size")),
-    ("sglang.srt.distributed.bootstrap._init_cpu_threads_env", ("local_omp_cpuid", "dist_init_method")),
-    ("sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__", ("pin_memory",)),
-    ("sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes", ("requested_bytes",)),
-    ("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.load_to_device_per_layer", _LOAD),
-    ("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.backup_from_device_all_layer", _BACKUP),
-    ("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost.load_to_device_per_layer", _LOAD),
-    ("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost.backup_from_device_all_layer", _BACKUP),
+    Surface("sglang.srt.utils.numa_utils.init_threads_binding", ("numa_index", "world_size")),
+    Surface(
+        "sglang.srt.distributed.bootstrap._init_cpu_threads_env", ("local_omp_cpuid", "dist_init_method")
+    ),
+    Surface("sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__", ("pin_memory",)),
+    Surface("sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes", ("requested_bytes",)),
+    Surface("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.load_to_device_per_layer", _LOAD),
+    Surface("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.backup_from_device_all_layer", _BACKUP),
+    Surface("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost.load_to_device_per_layer", _LOAD),
+    Surface("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost.backup_from_device_all_layer", _BACKUP),
 )
 
 
 @functools.cache
 def install() -> None:
-    """Change this process's SGLang; for our platform only."""
+    """Change this process's SGLang; for our platform only. Raises IncompatibleSGLang if it has changed."""
+    check_surfaces(SURFACES)
     _use_suffix_attention()
     _bind_ranks()
     _use_plain_host_pools()

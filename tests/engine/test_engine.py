@@ -149,7 +149,7 @@ if __name__ == "__main__":
     engine.shutdown()
 """
     )
-    environ = {**os.environ, "POLARKV_RUNTIME_DIR": str(tmp_path), "TORCHDYNAMO_DISABLE": "1"}
+    environ = {**os.environ, "POLARKV_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         env=environ,

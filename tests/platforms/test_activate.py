@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from polarkv_sglang.compat import Surface, check_surfaces
+from polarkv_sglang.compat import check_surfaces
 from polarkv_sglang.platforms.hooks import SURFACES
 
 pytestmark = pytest.mark.skipif(
@@ -76,4 +76,4 @@ def test_turned_off_sglang_is_untouched() -> None:
 
 
 def test_sglang_has_the_surfaces_that_the_hooks_need() -> None:
-    check_surfaces(Surface(*surface) for surface in SURFACES)
+    check_surfaces(SURFACES)

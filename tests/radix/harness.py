@@ -21,6 +21,7 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 
 from polarkv_sglang import runtime as runtime_module
 from polarkv_sglang.config import PolarConfig
+from polarkv_sglang.platforms import install_cpu_hooks
 from polarkv_sglang.plugin import enable
 from polarkv_sglang.radix import PolarRadixCache, SpillPolicy
 from polarkv_sglang.runtime import PolarRuntime
@@ -47,6 +48,7 @@ class Engine:
         policy: SpillPolicy | None = None,
     ) -> None:
         load_plugins()
+        install_cpu_hooks()
         arguments = ServerArgs(
             model_path="dummy",
             page_size=page_tokens,
