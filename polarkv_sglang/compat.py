@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from polarkv_sglang import __version__
@@ -36,6 +36,7 @@ WEIGHT_CHANGES = tuple(
         "begin_weight_update",
         "end_weight_update",
         "resume_memory_occupation",
+        "check_weights",
     )
 )
 STREAMER_CLASS = _SCHEDULER + "get_output_streamer_class"
@@ -95,13 +96,26 @@ def check_surfaces(surfaces: Iterable[Surface]) -> None:
             raise _incompatible(f"has {surface.path} without {', '.join(sorted(missing))}")
 
 
-def check_hooks(targets: Iterable[str]) -> None:
-    """Raise IncompatibleSGLang for a target that SGLang's hook registry did not wrap: it only logs that."""
-    for target in targets:
+def check_hooks(hooks: Mapping[str, Callable[..., object]]) -> None:
+    """Raise IncompatibleSGLang for a target that SGLang's hook registry did not wrap in our hook.
+
+    The registry only logs what fails, and passes over a target that another plugin has hooked earlier.
+    """
+    for target, hook in hooks.items():
         owner, _, name = target.rpartition(".")
         found = inspect.getattr_static(pkgutil.resolve_name(owner), name)
-        if not hasattr(getattr(found, "__func__", found), "__wrapped__"):
-            raise _incompatible(f"did not take our hook on {target} (see its log for the cause)")
+        if not _wraps(getattr(found, "__func__", found), hook):
+            raise _incompatible(f"did not take our hook on {target} (see its log, and other plugins)")
+
+
+def _wraps(function: object, hook: Callable[..., object]) -> bool:
+    """Whether a chain of wrappers, as the hook registry builds them, has ``hook`` in it."""
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _incompatible(what: str) -> IncompatibleSGLang:

@@ -85,7 +85,7 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(
                 f"capacity {self.capacity_bytes} B is below 16 MiB; give more, or 0 for the default"
             )
-        _within("deadline", self.deadline_s, 0.01, 60.0, "seconds")
+        _within("deadline", self.deadline_s, 0.01, 5.0, "seconds")  # SGLang joins storage threads for 10
         _within("stripe_pages", self.stripe_pages, 1, 4096, "pages")
         _within("spill_watermark", self.spill_watermark, 0.0, 0.9, "of L1")
         if self.token == "":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from polarkv_sglang.metrics import engine_metrics
 from polarkv_sglang.plugin import BACKEND, config_of
 from polarkv_sglang.radix.cache import PolarRadixCache
 from polarkv_sglang.runtime import current_runtime, start_runtime
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -50,7 +53,8 @@ def _hook_scheduler() -> None:
     HookRegistry.register(compat.STREAMER_CLASS, _choose_streamer, HookType.AFTER)
     HookRegistry.register(compat.BATCH_RESULT, _see_batch, HookType.AFTER)
     HookRegistry.apply_hooks()
-    compat.check_hooks((*compat.WEIGHT_CHANGES, compat.STREAMER_CLASS, compat.BATCH_RESULT))
+    hooks = dict.fromkeys(compat.WEIGHT_CHANGES, _change_weights)
+    compat.check_hooks({**hooks, compat.STREAMER_CLASS: _choose_streamer, compat.BATCH_RESULT: _see_batch})
 
 
 def _change_weights(
@@ -61,13 +65,19 @@ def _change_weights(
     if not isinstance(cache, PolarRadixCache):
         return change(updater, request)
     guard = cache.runtime.weights
-    cache.drain_storage()
     guard.suspend()
-    try:
-        return change(updater, request)
-    finally:
-        idle = updater.is_fully_idle(ignore_waiting=updater.scheduler._engine_paused)
-        guard.settle(cache_is_clean=cache.is_clean and idle)
+    cache.drain_storage()
+    result = change(updater, request)
+    # In an open session more weights come, some of them by RDMA and without a call.
+    if updater._session is None:
+        guard.name()
+        if cache.is_clean and updater.is_fully_idle(ignore_waiting=updater.scheduler._engine_paused):
+            guard.adopt()
+        else:
+            logger.warning(
+                "PolarKV: weights changed and the cache was not flushed; KV stays local until it is"
+            )
+    return result
 
 
 def _choose_streamer(

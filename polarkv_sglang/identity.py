@@ -37,7 +37,7 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     block_bytes: int
     block_layout: str  # order of the bytes inside a block
     # Shard that the block holds. Rank-replicated KV (MLA) is the same on all ranks of a tensor-parallel
-    # group: rank 0 of 1 there.
+    # group: tp_rank is 0 there.
     tp_rank: int
     tp_size: int
     pp_rank: int

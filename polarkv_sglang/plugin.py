@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -17,6 +19,7 @@ from polarkv_sglang import compat
 from polarkv_sglang.accounting import flatten_meta_info
 from polarkv_sglang.config import PolarConfig, add_flags, build_config, from_flags
 from polarkv_sglang.errors import ConfigError, PolarError
+from polarkv_sglang.transport.control import NodeTimeout
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -26,7 +29,10 @@ BACKEND = "polarkv"
 # which a token must not be.
 _CONFIG_ATTRIBUTE = "_polarkv"
 
+logger = logging.getLogger(__name__)
+
 _enabled = False  # in this process; LoRA adapters are then named by content
+_hosts = 1  # that the engine runs on
 
 
 def activate() -> None:
@@ -36,9 +42,9 @@ def activate() -> None:
 
     if get_radix_cache_factory(BACKEND) is None:
         register_radix_cache_backend(BACKEND, _create_cache)
-    HookRegistry.register(compat.ADD_FLAGS, _add_flags, HookType.AFTER)
-    HookRegistry.register(compat.TAKE_FLAGS, _take_flags, HookType.AFTER)
-    HookRegistry.register(compat.ADAPTER_ID, _name_adapter, HookType.AROUND)
+    for target, hook in _LAUNCH_HOOKS.items():
+        kind = HookType.AROUND if hook is _name_adapter else HookType.AFTER
+        HookRegistry.register(target, hook, kind)
 
 
 def server_args(*, polarkv: dict[str, object] | PolarConfig | None = None, **settings: object) -> ServerArgs:
@@ -67,9 +73,9 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    global _enabled
+    global _enabled, _hosts
     compat.check_surfaces(compat.LAUNCH_SURFACES)
-    compat.check_hooks((compat.ADD_FLAGS, compat.TAKE_FLAGS, compat.ADAPTER_ID))
+    compat.check_hooks(_LAUNCH_HOOKS)
     if arguments.disable_radix_cache:
         raise ConfigError("--enable-polarkv needs the radix cache; leave out --disable-radix-cache")
     if arguments.radix_cache_backend not in (None, BACKEND):
@@ -91,12 +97,17 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     if config.spill == "evict":
         arguments.hicache_write_policy = "write_back"
     if not config.nodes:
+        if arguments.nnodes > 1:
+            raise ConfigError(
+                f"an engine on {arguments.nnodes} hosts needs memory nodes that all of them reach; "
+                "name them by --polarkv-nodes"
+            )
         config = _with_embedded_node(config)
     setattr(arguments, _CONFIG_ATTRIBUTE, config)
     HookRegistry.register(compat.META_INFO, flatten_meta_info, HookType.AFTER)
     HookRegistry.apply_hooks()
-    compat.check_hooks((compat.META_INFO,))
-    _enabled = True
+    compat.check_hooks({compat.META_INFO: flatten_meta_info})
+    _enabled, _hosts = True, arguments.nnodes
 
 
 def config_of(arguments: ServerArgs) -> PolarConfig | None:
@@ -110,12 +121,16 @@ def _with_embedded_node(config: PolarConfig) -> PolarConfig:
 
     from polarkv_sglang.pool.embedded import default_capacity_bytes, start_or_join
 
-    node = start_or_join(
-        capacity_bytes=config.capacity_bytes or default_capacity_bytes(),
-        token=config.token,
-        ucx_tls=config.ucx_tls,
-        ucx_library=config.ucx_library,
-    )
+    try:
+        node = start_or_join(
+            capacity_bytes=config.capacity_bytes or default_capacity_bytes(),
+            token=config.token,
+            ucx_tls=config.ucx_tls,
+            ucx_library=config.ucx_library,
+        )
+    except NodeTimeout as error:
+        logger.warning("PolarKV: %s; the engine serves without a pool", error)
+        return config
     _lifelines.append(node)
     return msgspec.structs.replace(config, nodes=(node.address,), token=node.token)
 
@@ -175,6 +190,11 @@ def _name_adapter(original: object, lora_name: str, lora_path: str) -> str:
     from polarkv_sglang.identity import digest_adapter
 
     folder = Path(lora_path)
+    if not folder.is_dir() and _hosts > 1:
+        raise ConfigError(
+            f"--lora-paths {lora_path} is no folder: with --enable-polarkv and --nnodes {_hosts} download "
+            "the adapter first, so that all hosts name it by its content"
+        )
     # What an adapter's name on a hub holds is not known here; a fresh id is never shared.
     content = digest_adapter(folder) if folder.is_dir() else uuid4().hex
     return uuid5(NAMESPACE_URL, f"{plain}\0{content}").hex
@@ -184,3 +204,10 @@ def _create_cache(context: object) -> object:
     from polarkv_sglang.engine import create_cache
 
     return create_cache(context)
+
+
+_LAUNCH_HOOKS: dict[str, Callable[..., object]] = {
+    compat.ADD_FLAGS: _add_flags,
+    compat.TAKE_FLAGS: _take_flags,
+    compat.ADAPTER_ID: _name_adapter,
+}

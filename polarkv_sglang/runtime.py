@@ -23,6 +23,7 @@ class PolarRuntime:
 
     def __init__(self, config: PolarConfig) -> None:
         self.config = config
+        self.kv_dtype: str | None = None  # of the device pool, which the host pool does not tell
         self.weights = WeightsGuard(self._identify)
         self._model_runner: ModelRunner | None = None
         self._client: PoolClient | None = None
@@ -31,7 +32,13 @@ class PolarRuntime:
     def bind_model(self, runner: ModelRunner) -> None:
         """Name the weights that the engine was started with. A collective over all ranks."""
         self._model_runner = runner
-        self.weights.settle(cache_is_clean=True)
+        self.weights.name()
+        self.weights.adopt()
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether KV has all of its name: the weights and the device pool's dtype are known."""
+        return self._model_runner is not None and self.kv_dtype is not None
 
     @property
     def client(self) -> PoolClient:

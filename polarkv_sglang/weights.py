@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,34 +29,40 @@ class WeightsGuard:
     """Tells under which identity KV may be shared; None while weights and cached KV may disagree.
 
     The weights are named by their bytes, so an engine that was updated to some weights shares with
-    one that was started from them. There is no epoch to stamp on queued operations: an identity is
-    only adopted when the cache holds nothing, and SGLang joins the storage threads and clears their
-    queues before it empties the cache, so no operation outlives the identity it was created under.
+    one that was started from them. This is the weight epoch too: an identity is only adopted while the
+    cache holds nothing, and SGLang joins the storage threads and clears their queues before it empties
+    the cache, so no operation is carried out under another identity than it was created under.
 
-    All methods are called by the scheduler thread, on all ranks alike (``settle`` is a collective);
-    ``current`` is also read by HiCache's storage threads.
+    All methods are called by the scheduler thread; ``current`` is also read by HiCache's storage threads.
     """
 
     def __init__(self, identify: Callable[[], WeightsIdentity]) -> None:
         self._identify = identify
+        self._named: WeightsIdentity | None = None
         self.current: WeightsIdentity | None = None
 
     def suspend(self) -> None:
-        """Weights are about to change: share nothing until ``settle``."""
-        self.current = None
+        """Weights are about to change: share nothing until they are named and adopted."""
+        self.current = self._named = None
 
-    def settle(self, *, cache_is_clean: bool) -> None:
-        """Adopt the weights as they are now, if no KV of other weights is cached or in flight."""
-        if self.current is not None:
-            return
-        if not cache_is_clean:
-            logger.warning(
-                "PolarKV: weights changed, but the cache was not flushed; KV stays on this engine "
-                "until /flush_cache succeeds"
-            )
-            return
-        self.current = self._identify()
-        logger.info("PolarKV: weights %s", self.current.fingerprint[:16])
+    def name(self) -> None:
+        """Name the weights as they are now. A collective: every rank of the engine calls it."""
+        self._named = self._identify()
+
+    def adopt(self) -> None:
+        """Share under the named weights; called when no KV of other weights is cached or in flight."""
+        if self._named is not None and self.current is None:
+            self.current = self._named
+            logger.info("PolarKV: weights %s", self.current.fingerprint[:16])
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Share nothing meanwhile, so that storage operations that are queued end at once."""
+        held, self.current = self.current, None
+        try:
+            yield
+        finally:
+            self.current = held
 
 
 def identify_model(runner: ModelRunner) -> WeightsIdentity:

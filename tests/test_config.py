@@ -41,8 +41,8 @@ def test_a_flag_beats_a_variable_beats_the_file(tmp_path: Path) -> None:
     assert (config.spill, config.deadline_s, config.stripe_pages) == ("evict", 3.0, 64)
     assert config.capacity_bytes == 2**30
     other = tmp_path / "other.toml"
-    other.write_text("deadline = 9.0\n")
-    assert from_flags(parsed("--polarkv-config", str(other)), environ={}).deadline_s == 9.0
+    other.write_text("deadline = 4.0\n")
+    assert from_flags(parsed("--polarkv-config", str(other)), environ={}).deadline_s == 4.0
 
 
 def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
@@ -76,6 +76,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         (["--polarkv-deadline", "soon"], "--polarkv-deadline"),
         (["--polarkv-deadline", "0"], "deadline"),
         (["--polarkv-deadline", "nan"], "deadline"),
+        (["--polarkv-deadline", "6"], "deadline 6.0 is out of range"),
         (["--polarkv-nodes", "10.0.0.4"], "10.0.0.4"),
         (["--polarkv-nodes", "h:99999"], "h:99999"),
         (["--polarkv-nodes", "a:1,a:1"], "twice"),

@@ -124,9 +124,12 @@ def test_an_sglang_with_another_signature_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_a_hook_that_did_not_apply_is_found() -> None:
-    compat.check_hooks((compat.TAKE_FLAGS,))
+    compat.check_hooks({compat.TAKE_FLAGS: plugin._take_flags})
     with pytest.raises(IncompatibleSGLang, match="resolve_once"):
-        compat.check_hooks(("sglang.srt.server_args.ServerArgs.resolve_once",))
+        compat.check_hooks({"sglang.srt.server_args.ServerArgs.resolve_once": plugin._take_flags})
+    # One that another plugin has hooked, and we have not.
+    with pytest.raises(IncompatibleSGLang, match="from_cli_args"):
+        compat.check_hooks({compat.TAKE_FLAGS: plugin._add_flags})
 
 
 def test_the_helper_for_engines_and_forks_takes_the_same_settings() -> None:

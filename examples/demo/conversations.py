@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-# With the questions and replies of four turns a conversation comes to about 3,000 tokens.
+# With the questions and replies of its turns a conversation comes to about 3,000 tokens.
 DOCUMENT_TOKENS = 2850
 
 
@@ -82,6 +82,7 @@ class Session:
         # The chapter's name comes first: conversations then differ from the first page of tokens on.
         system = f"'{self.name}' in the Python reference. Answer in one sentence.\n\n{document}"
         self._history = encode(tokenizer, f"<|im_start|>system\n{system}<|im_end|>\n")
+        self._prompt: list[int] = []
 
     def ask(self) -> list[int]:
         """The prompt of the next turn: everything so far and the next question."""
@@ -90,7 +91,12 @@ class Session:
         self._history += encode(
             self._tokenizer, f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         )
-        return list(self._history)
+        self._prompt = list(self._history)
+        return self._prompt
+
+    def ask_again(self) -> list[int]:
+        """The last turn's prompt once more, as to have its reply generated anew; not to be heard again."""
+        return self._prompt
 
     def hear(self, reply_ids: tuple[int, ...]) -> None:
         """Append the model's reply to the last question."""

@@ -16,7 +16,7 @@ from polarkv_sglang.errors import PolarError
 PAGE_TOKENS = 16
 MAX_NEW_TOKENS = 16
 L1_REPEATS = 3
-WARM_UP_TOKENS = 3000
+WARM_UP_TOKENS = 2048
 NO_HIT_TOKENS = 1024
 NO_HIT_PAIRS = 8  # per start of the engines
 
@@ -36,6 +36,7 @@ class Demo:
         self._polarkv_port = polarkv_port
         self._plain_port = plain_port
         self._sessions = [Session(conversation, tokenizer) for conversation in CONVERSATIONS[:sessions]]
+        self._last_replies: dict[str, Reply] = {}
         self._starts = 0
 
     def warm_up(self) -> None:
@@ -62,10 +63,13 @@ class Demo:
             )
         return polarkv.ttft_s / plain.ttft_s
 
-    def play_round(self, phase: Phase) -> None:
-        """One turn of every session; until a session's next turn the others take its place in L1 and L2."""
+    def play_round(self, phase: Phase, again: bool = False) -> None:
+        """The next turn of every session, or the last one `again`.
+
+        Until a session is played once more the others have taken its place in L1 and L2.
+        """
         for session in self._sessions:
-            turn = self._play(session, phase)
+            turn = self._play_again(session, phase) if again else self._play_next(session, phase)
             self.turns.append(turn)
             say(
                 f"{phase} {turn.session} turn {turn.turn}: {turn.prompt_tokens} tokens, {turn.l3} from L3,"
@@ -73,19 +77,31 @@ class Demo:
                 f" plain {turn.plain_ttft_s:.3f} s"
             )
 
-    def _play(self, session: Session, phase: Phase) -> Turn:
-        prompt = session.ask()
-        polarkv = generate(self._polarkv_port, prompt, MAX_NEW_TOKENS)
-        repeats = [generate(self._polarkv_port, prompt, MAX_NEW_TOKENS) for _ in range(L1_REPEATS)]
-        plain = generate(self._plain_port, prompt, MAX_NEW_TOKENS)
-        session.hear(polarkv.output_ids)
+    def _play_next(self, session: Session, phase: Phase) -> Turn:
+        turn, reply = self._measure(session, phase, session.ask(), {})
+        session.hear(reply.output_ids)
+        self._last_replies[session.name] = reply
+        return turn
 
-        for repeat in repeats:
-            if tiers_of(repeat).l1 < len(prompt) - 2 * PAGE_TOKENS:
+    def _play_again(self, session: Session, phase: Phase) -> Turn:
+        expected = {"before the restart": self._last_replies[session.name]}
+        return self._measure(session, phase, session.ask_again(), expected)[0]
+
+    def _measure(
+        self, session: Session, phase: Phase, prompt: list[int], expected: dict[str, Reply]
+    ) -> tuple[Turn, Reply]:
+        """Every reply must equal the first, which is returned, and those `expected`."""
+        polarkv = generate(self._polarkv_port, prompt, MAX_NEW_TOKENS)
+        repeat = generate(self._polarkv_port, prompt, MAX_NEW_TOKENS)
+        hits = [repeat, *(generate(self._polarkv_port, prompt, 1) for _ in range(L1_REPEATS - 1))]
+        plain = generate(self._plain_port, prompt, MAX_NEW_TOKENS)
+
+        for hit in hits:
+            if tiers_of(hit).l1 < len(prompt) - 2 * PAGE_TOKENS:
                 raise DemoFailed(
-                    f"{session.name} turn {session.turn} again at once was no L1 hit: {repeat.tiers}"
+                    f"{session.name} turn {session.turn} again at once was no L1 hit: {hit.tiers}"
                 )
-        replies = {"plain": plain, **{f"L1 hit {n}": repeat for n, repeat in enumerate(repeats, start=1)}}
+        replies = {"plain": plain, "L1 hit": repeat, **expected}
         different = [name for name, reply in replies.items() if reply.output_ids != polarkv.output_ids]
         self.differences += [
             f"{phase} {session.name} turn {session.turn}:"
@@ -93,7 +109,7 @@ class Demo:
             for name in different
         ]
         tiers = tiers_of(polarkv)
-        return Turn(
+        turn = Turn(
             session=session.name,
             turn=session.turn,
             phase=phase,
@@ -103,10 +119,11 @@ class Demo:
             l3=tiers.l3,
             computed=tiers.computed,
             ttft_s=polarkv.ttft_s,
-            l1_ttft_s=median(repeat.ttft_s for repeat in repeats),
+            l1_ttft_s=median(hit.ttft_s for hit in hits),
             plain_ttft_s=plain.ttft_s,
             outputs_equal=not different,
         )
+        return turn, polarkv
 
 
 def tiers_of(reply: Reply) -> Tiers:

@@ -58,17 +58,24 @@ def table(turns: Sequence[Turn]) -> str:
 
 def summary(turns: Sequence[Turn], no_hit_ratios: Sequence[float]) -> str:
     """Restored against L1 hit and against plain, and what PolarKV costs without a hit."""
-    last = [turn for turn in turns if turn.phase == "after_restart"]
-    restored = [turn for turn in last if is_restored(turn)]
-    lines = [f"restored from L3 after the restart: {len(restored)} of {len(last)} sessions"]
-    if restored:
-        lines += [
-            f"  TTFT median {median(turn.ttft_s for turn in restored):.3f} s,"
-            f" L1 hit {median(turn.l1_ttft_s for turn in restored):.3f} s,"
-            f" plain {median(turn.plain_ttft_s for turn in restored):.3f} s",
-            f"  TTFT / TTFT of an L1 hit: median {median(t.ttft_s / t.l1_ttft_s for t in restored):.2f}",
-            f"  TTFT of plain / TTFT: median {median(t.plain_ttft_s / t.ttft_s for t in restored):.1f}",
-        ]
+    played = {turn.turn for turn in turns if turn.phase == "first"}
+    after = [turn for turn in turns if turn.phase == "after_restart"]
+    lines = []
+    for number in sorted({turn.turn for turn in after}):
+        same = [turn for turn in after if turn.turn == number]
+        restored = [turn for turn in same if is_restored(turn)]
+        again = " again" if number in played else ""
+        lines.append(
+            f"turn {number}{again}, after the restart: {len(restored)} of {len(same)} restored from L3"
+        )
+        if restored:
+            lines += [
+                f"  TTFT {median(turn.ttft_s for turn in restored):.3f} s,"
+                f" L1 hit {median(turn.l1_ttft_s for turn in restored):.3f} s,"
+                f" plain {median(turn.plain_ttft_s for turn in restored):.3f} s (medians)",
+                f"  TTFT / TTFT of an L1 hit: median {median(t.ttft_s / t.l1_ttft_s for t in restored):.2f}",
+                f"  TTFT of plain / TTFT: median {median(t.plain_ttft_s / t.ttft_s for t in restored):.1f}",
+            ]
     if no_hit_ratios:
         lines.append(
             f"enabled with no hit: TTFT / TTFT of plain: median {median(no_hit_ratios):.3f}"

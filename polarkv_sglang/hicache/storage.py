@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -156,6 +157,8 @@ class PolarStorage(HiCacheStorage):
 
     def _namespace_digest(self) -> bytes | None:
         weights = self._runtime.weights.current
+        if not self._runtime.is_bound:
+            _warn_unbound()
         if weights is None or self._unsupported:
             return None
         if self._namespace is None or self._namespace[0] is not weights:
@@ -170,7 +173,7 @@ class PolarStorage(HiCacheStorage):
         return Namespace(
             weights=weights.fingerprint,
             model_config=weights.model_config,
-            kv_dtype=str(pool.dtype),
+            kv_dtype=self._runtime.kv_dtype or "",  # the host pool keeps both kinds of fp8 as uint8
             page_tokens=pool.page_size,
             block_bytes=self._block_bytes(),
             block_layout=f"{type(pool).__name__}/{pool.layout}",
@@ -195,6 +198,14 @@ class PolarStorage(HiCacheStorage):
             raise ValueError(f"a page in pieces of different lengths {sorted(piece_bytes)} is not supported")
         pages = len(host_indices) // self.mem_pool_host.page_size
         return Pieces(np.array(addresses, np.uint64).reshape(pages, -1), piece_bytes.pop())
+
+
+@functools.cache
+def _warn_unbound() -> None:
+    logger.warning(
+        "PolarKV: the storage is used, but no model was bound to it, so nothing is shared; "
+        "make the cache by polarkv_sglang.engine.create_cache, or call runtime.bind_model"
+    )
 
 
 def _or_miss(miss: T, call: Callable[[], T]) -> T:

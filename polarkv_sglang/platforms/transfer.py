@@ -4,12 +4,17 @@ Drop-in for the functions of the same names in ``sgl_kernel.kvcacheio``, which e
 tensor [tokens, heads, dim] per layer; L2 is one tensor [pages, layers, tokens of a page, heads, dim] (page
 first) or, like L1, one tensor per layer (layer first). Indices are token slots; on the host's side they come
 as whole pages.
+
+Rows are copied by numpy: torch's indexed copies split every small one over all threads, which on a busy
+machine takes twenty times as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -21,8 +26,9 @@ def transfer_kv_direct(
     page_size: int,
 ) -> None:
     """Copy token slots between pools that are both layer first."""
+    source_slots, target_slots = src_indices.numpy(), dst_indices.numpy()
     for source, target in zip(src_layers, dst_layers, strict=True):
-        target.index_copy_(0, dst_indices, source.index_select(0, src_indices))
+        _bytes(target)[target_slots] = _bytes(source)[source_slots]
 
 
 def transfer_kv_per_layer_direct_pf_lf(
@@ -34,10 +40,9 @@ def transfer_kv_per_layer_direct_pf_lf(
     page_size: int,
 ) -> None:
     """Load one layer of whole pages from page-first host tensors (K, V) into that layer of L1."""
-    pages = src_indices[::page_size] // page_size
+    host_pages, device_pages = _pages(src_indices, page_size), _pages(dst_indices, page_size)
     for host, device in zip(src_ptrs, dst_ptrs, strict=True):
-        loaded = host.select(1, layer_id).index_select(0, pages)
-        device.index_copy_(0, dst_indices, loaded.flatten(0, 1))
+        _by_page(device, page_size)[device_pages] = _bytes(host)[host_pages, layer_id]
 
 
 def transfer_kv_all_layer_direct_lf_pf(
@@ -51,9 +56,26 @@ def transfer_kv_all_layer_direct_lf_pf(
 
     ``src_ptrs`` holds the layers for the first of ``dst_ptrs``, then those for the second: all K, then all V.
     """
-    pages = dst_indices[::page_size] // page_size
+    device_pages, host_pages = _pages(src_indices, page_size), _pages(dst_indices, page_size)
     layers = len(src_ptrs) // len(dst_ptrs)
     for i, device in enumerate(src_ptrs):
         target, layer = divmod(i, layers)
-        backup = device.index_select(0, src_indices).view(-1, page_size, *device.shape[1:])
-        dst_ptrs[target].select(1, layer).index_copy_(0, pages, backup)
+        _bytes(dst_ptrs[target])[host_pages, layer] = _by_page(device, page_size)[device_pages]
+
+
+def _bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The tensor as bytes, whatever its dtype: the last dimension grows by the item size."""
+    view: npt.NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
+    return view
+
+
+def _by_page(device: torch.Tensor, page_size: int) -> npt.NDArray[np.uint8]:
+    """A layer of L1 as [pages, tokens of a page, ...]; its slots are a whole number of pages."""
+    view = _bytes(device)
+    return view.reshape(-1, page_size, *view.shape[1:])
+
+
+def _pages(slots: torch.Tensor, page_size: int) -> npt.NDArray[np.int64]:
+    """Page numbers of token slots that are whole pages."""
+    pages: npt.NDArray[np.int64] = slots.numpy()[::page_size] // page_size
+    return pages

@@ -43,8 +43,10 @@ Blocks = npt.NDArray[np.intp]  # positions in a chain
 
 # Until a transfer that is given up at its deadline can touch nothing any more.
 _LEASE_DEADLINES = 4
-# Of a batch's deadline, for finding out where blocks are: a frozen node leaves time to read from others.
-_CONTROL_SHARE = 0.5
+# Of a batch's deadline, when its steps have to have ended: a node that freezes in one of them must not take
+# the time of the others for the next.
+_FIND_BY = 0.5
+_WRITE_BY = 0.8
 
 
 class PoolStatistics(NamedTuple):
@@ -163,7 +165,7 @@ class PoolClient:
         done = np.zeros(len(chain), bool)
         lane = self._get_lane
         with lane.lock:
-            found = self._locate(lane, chain, pieces.block_bytes, started + _CONTROL_SHARE * self.deadline_s)
+            found = self._locate(lane, chain, pieces.block_bytes, started + _FIND_BY * self.deadline_s)
             located = np.zeros(len(chain), bool)
             for part in found:
                 located[part.blocks] = True
@@ -195,7 +197,7 @@ class PoolClient:
                     pieces.block_bytes,
                 ),
                 Reserved,
-                started + _CONTROL_SHARE * self.deadline_s,
+                started + _FIND_BY * self.deadline_s,
             )
             reserved: list[tuple[Link, int, Blocks, npt.NDArray[np.uint64]]] = []
             for route, reply in replies:
@@ -206,7 +208,7 @@ class PoolClient:
                     addresses = unpack_u64(reply.address_blob)[ours]
                     reserved.append((route.link, reply.reservation, route.blocks[ours], addresses))
             present = int(done.sum())
-            written = self._write(lane, pieces, reserved, deadline)
+            written = self._write(lane, pieces, reserved, started + _WRITE_BY * self.deadline_s, deadline)
             done |= written
         count = int(written.sum())
         self._count(put_blocks=count, put_bytes=count * pieces.block_bytes, present_blocks=present)
@@ -252,10 +254,10 @@ class PoolClient:
         )
         done = np.zeros(len(chain), bool)
         for part in found:
-            for position, checksum in enumerate(self._memory.checksums(pieces, part.blocks)):
+            positions = np.flatnonzero(arrived[part.blocks]).tolist()
+            sums = self._memory.checksums(pieces, part.blocks[positions])
+            for position, checksum in zip(positions, sums):
                 block = part.blocks[position]
-                if not arrived[block]:
-                    continue
                 if checksum == part.checksums[position]:
                     done[block] = True
                 else:
@@ -274,6 +276,7 @@ class PoolClient:
         lane: Lane,
         pieces: Pieces,
         reserved: list[tuple[Link, int, Blocks, npt.NDArray[np.uint64]]],
+        put_deadline: float,
         deadline: float,
     ) -> npt.NDArray[np.bool_]:
         """Put and commit reserved blocks; a mask over the chain of those that are visible now."""
@@ -283,7 +286,7 @@ class PoolClient:
             Direction.PUT,
             pieces,
             [(link, blocks, addresses) for link, _, blocks, addresses in reserved],
-            deadline,
+            put_deadline,
         )
         commits = {
             link.address: (reservation, arrived[blocks], checksums)
@@ -358,8 +361,6 @@ class PoolClient:
     def _routes(self, lane: Lane, chain: Chain, blocks: Blocks) -> list[_Route]:
         """The given blocks of the chain by the link to the node where they belong."""
         live = self.membership.live
-        for address in [address for address in lane.links if address not in live]:
-            lane.drop(address)
         usable = {address: size for address, size in live.items() if address in lane.links}
         if not usable or not len(blocks):
             return []

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from polarkv_sglang.errors import NodeError, PolarError, TransportError
+from polarkv_sglang.errors import NodeError, PolarError
 from polarkv_sglang.transport import Context, Endpoint, RemoteKey, Worker
 from polarkv_sglang.transport.control import ControlConnection, NodeRefused
 
@@ -66,8 +66,8 @@ class Lane:
         for address in list(self.links):
             self.drop(address)
         if self.worker is not None and self._context is not None:
-            self.worker.close()
-            self.worker = Worker(self._context)
+            old, self.worker = self.worker, Worker(self._context)
+            old.close()
 
     def close(self) -> None:
         with self.lock:
@@ -203,7 +203,7 @@ class Membership:
             self._changed.notify_all()
         logger.info("PolarKV: memory node %s is in use", address)
 
-    def _failed(self, address: str, error: NodeError | TransportError | PolarError) -> None:
+    def _failed(self, address: str, error: PolarError) -> None:
         with self._changed:
             known = self._reasons.get(address) == str(error)
             self._reasons[address] = str(error)

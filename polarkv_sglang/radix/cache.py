@@ -29,7 +29,9 @@ _AGREE_STEPS = 256
 # Tokens that are spilled ahead in one scheduler step: keeps the step short.
 _SPILL_AHEAD_TOKENS = 8192
 _ALL_TOKENS = 1 << 60
+_WATERMARK_STEPS = 16
 _DRAIN_POLL_S = 0.001
+_DRAIN_STEPS = 10_000
 _YIELD_S = 50e-6
 
 
@@ -59,19 +61,23 @@ class PolarRadixCache(UnifiedRadixCache):
         self._steps = 0
         self._inserts = 0
         self._inserts_at_reset = 0
-        self._nothing_cold = (-1, -1)  # free tokens and inserts at which nothing was left to copy ahead
+        self._nothing_cold = (-1, 0)  # inserts and least free tokens at which nothing is left to copy ahead
+        self.runtime.kv_dtype = str(params.token_to_kv_pool_allocator.get_kvcache().dtype)
         super().__init__(params)
 
     # Weight updates
 
     @property
     def is_clean(self) -> bool:
-        """Whether no KV was put into the tree since it was emptied."""
-        return self._inserts == self._inserts_at_reset
+        """Whether no KV was put into the tree since it was emptied, and none is on its way."""
+        return self._inserts == self._inserts_at_reset and not self.ongoing_prefetch
 
     def reset(self) -> None:
-        super().reset()
+        # Storage threads are joined in there, within a time that a backlog for a slow pool would exceed.
+        with self.runtime.weights.paused():
+            super().reset()
         self._inserts_at_reset = self._inserts
+        self.runtime.weights.adopt()
 
     def insert(self, params: InsertParams) -> InsertResult:
         self._inserts += 1
@@ -82,18 +88,22 @@ class PolarRadixCache(UnifiedRadixCache):
         super()._handle_prefetch_result(operation)
 
     def drain_storage(self) -> None:
-        """Finish or give up all transfers, so that a flush can follow.
+        """End all transfers, so that a flush can follow; the weights guard is suspended, so queued ones miss.
 
-        Ends after the same number of steps on all ranks: it follows queues whose lengths the ranks agree
-        on. Each step waits for the pool no longer than a deadline.
+        Ends after the same number of steps on all ranks: it follows queues whose lengths the ranks agree on.
         """
         if self.cache_controller is None:
             return
         for ongoing in self.ongoing_prefetch.values():
             self.cache_controller.terminate_prefetch(ongoing.operation)
-        while self.ongoing_backup or self.ongoing_write_through:
+        for _ in range(_DRAIN_STEPS):
+            if not self.ongoing_backup and not self.ongoing_write_through:
+                return
             super().check_hicache_events()  # ours would go on spilling
             time.sleep(_DRAIN_POLL_S)
+        logger.warning(
+            "PolarKV: %d writes to the pool did not end and are left behind", len(self.ongoing_backup)
+        )
 
     # Fetching
 
@@ -133,7 +143,10 @@ class PolarRadixCache(UnifiedRadixCache):
         if self._steps % _AGREE_STEPS == 0 and self.enable_storage:
             pool = self.runtime.client.statistics()
             self.rates.observe_pool(pool.got_bytes, pool.get_s)
-            self.rates.agree(lambda values: self._all_reduce(values, torch.distributed.ReduceOp.MIN))
+            self.rates.agree(
+                lambda values: self._all_reduce(values, torch.distributed.ReduceOp.MIN),
+                self.cache_controller.mem_pool_host.size_per_token,
+            )
         if self.is_write_back:
             self._spill_ahead()
 
@@ -147,8 +160,10 @@ class PolarRadixCache(UnifiedRadixCache):
     def _spill_ahead(self) -> None:
         """Copy cold nodes to L2, and so to the pool, until the watermark of L1 could be evicted at once."""
         free = self.token_to_kv_pool_allocator.available_size()
-        wanted = int(self.runtime.config.spill_watermark * self.token_to_kv_pool_allocator.size) - free
-        if wanted <= 0 or self._nothing_cold == (free, self._inserts):
+        wanted_in_all = int(self.runtime.config.spill_watermark * self.token_to_kv_pool_allocator.size)
+        wanted = wanted_in_all - free
+        inserts, least_free = self._nothing_cold
+        if wanted <= 0 or (inserts == self._inserts and free >= least_free):
             return
         chosen, budget = [], _SPILL_AHEAD_TOKENS
         for node_id, tokens in self._cold_nodes():
@@ -166,12 +181,16 @@ class PolarRadixCache(UnifiedRadixCache):
         if chosen:
             self.flush_pending_backups()
         else:
-            self._nothing_cold = (free, self._inserts)
+            # What the decoding requests take page by page is made up for in steps, not page by page.
+            self._nothing_cold = (self._inserts, free - wanted_in_all // _WATERMARK_STEPS)
 
     def _cold_nodes(self) -> Iterator[tuple[int, int]]:
-        """Nodes and their tokens in the order of eviction: the coldest leaf, its ancestors, the next leaf."""
+        """Nodes and their tokens in the order of eviction: the coldest leaf, its ancestors, the next leaf.
+
+        Nothing may be evicted until the generator is closed.
+        """
         seen: set[int] = set()
-        for leaf in list(self._cold_leaves()):
+        for leaf in self._cold_leaves():
             for node in reversed(self.tree_core.collect_path_info([leaf])[0]):
                 if node.node_id in seen or not node.full_value_len:
                     continue
@@ -193,5 +212,4 @@ class PolarRadixCache(UnifiedRadixCache):
     def _decide(self, node_id: int) -> Decision:
         node = self.tree_core.collect_path_info([node_id])[0][-1]
         tokens = node.path_end - node.path_start
-        view = NodeView(tokens, node.path_start, tokens * self.cache_controller.mem_pool_host.size_per_token)
-        return self.policy.decide(view, self.rates.agreed)
+        return self.policy.decide(NodeView(tokens, tokens * self.rates.bytes_per_token), self.rates.agreed)

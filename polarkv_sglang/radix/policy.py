@@ -18,8 +18,7 @@ class NodeView(NamedTuple):
     """A tree node as a policy sees it; equal on all ranks."""
 
     tokens: int
-    prefix_tokens: int  # before the node
-    kv_bytes: int  # of one rank
+    kv_bytes: int  # of the rank that holds most per token
 
 
 class Rates(NamedTuple):

@@ -37,6 +37,7 @@ class RateMeter:
         self._load = _Rate()
         self._pool_seen = (0.0, 0.0)
         self.agreed = Rates()
+        self.bytes_per_token = 0  # of the rank that holds most; pipeline stages differ. 0 until agreed
 
     def observe_prefill(self, tokens: int, launched: float) -> None:
         """A batch of ``tokens`` new prompt tokens, launched at ``launched`` (time.monotonic), has ended."""
@@ -55,12 +56,15 @@ class RateMeter:
         if count >= _MIN_TRANSFER_BYTES:
             self._load.add(count, seconds)
 
-    def agree(self, reduce_min: Callable[[torch.Tensor], None]) -> None:
+    def agree(self, reduce_min: Callable[[torch.Tensor], None], bytes_per_token: int) -> None:
         """Take the lowest rate of all ranks for each; unknown where one rank has not measured it.
 
         A collective: every rank calls it at the same step.
         """
         mine = [rate.value for rate in (self._prefill, self._pool, self._load)]
-        values = torch.tensor([-1.0 if value is None else value for value in mine], dtype=torch.float64)
+        known = [-1.0 if value is None else value for value in mine]
+        values = torch.tensor([*known, -bytes_per_token], dtype=torch.float64)
         reduce_min(values)
-        self.agreed = Rates(*(None if value < 0 else value for value in values.tolist()))
+        *rates, most = values.tolist()
+        self.agreed = Rates(*(None if value < 0 else value for value in rates))
+        self.bytes_per_token = -int(most)

@@ -114,7 +114,7 @@ class ControlConnection:
                     raise self._failed("closed the connection")
                 self._frames.feed(data)
             return decode_from_node(frame)
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:
             raise self._timed_out("did not answer in time") from error
         except OSError as error:
             raise self._failed(f"is gone ({error.strerror or error})") from error
@@ -188,7 +188,7 @@ class ControlConnection:
         try:
             self._arm(deadline)
             self._socket.sendall(encode_frame(message))
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:
             raise self._timed_out("does not read what we send") from error
         except OSError as error:
             raise self._failed(f"is gone ({error.strerror or error})") from error
@@ -197,10 +197,8 @@ class ControlConnection:
         """Let the next socket call last until ``deadline``; NodeError if the connection is closed."""
         if self._closed is not None:
             raise NodeError(f"memory node {self.address} {self._closed}")
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError
-        self._socket.settimeout(remaining_s)
+        # Past the deadline what has arrived is still taken: another node may have used the time up.
+        self._socket.settimeout(max(0.0, deadline - time.monotonic()))
 
     # A failure may leave half a frame on the stream, so each of them ends the connection.
     def _failed(self, reason: str) -> NodeError:

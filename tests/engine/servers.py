@@ -34,8 +34,12 @@ class Server:
         """Greedy continuation; the sources of the prompt's tokens always add up."""
         reply = generate(self.port, prompt, max_new_tokens)
         assert reply.tiers is not None, "no meta_info['polarkv']"
-        assert reply.tiers.adds_up()
-        assert reply.tiers.prompt == len(prompt)
+        tiers = reply.tiers
+        assert tiers.adds_up()
+        assert tiers.prompt == len(prompt)
+        # SGLang counts what it took from caches by itself.
+        assert tiers.l1 + tiers.l2 + tiers.l3 == reply.cached_tokens
+        assert tiers.computed > 0
         return reply
 
     def post(self, path: str, **body: object) -> dict[str, object]:

@@ -41,6 +41,17 @@ def test_a_prompt_continues_the_last_prompt_and_the_reply_as_generated(tokenizer
     assert rest.endswith("<|im_start|>assistant\n")
 
 
+def test_a_turn_asked_again_is_the_same_prompt_and_changes_nothing(tokenizer):
+    session = Session(CONVERSATIONS[0], tokenizer)
+    other = Session(CONVERSATIONS[0], tokenizer)
+    reply = tuple(encode(tokenizer, "yes"))
+    for one in (session, other):
+        first = one.ask()
+        one.hear(reply)
+    assert session.ask_again() == first
+    assert session.ask() == other.ask()
+
+
 def test_conversations_and_fresh_prompts_share_no_page(tokenizer):
     heads = [tuple(Session(conversation, tokenizer).ask()) for conversation in CONVERSATIONS]
     for seed in (1, 2):

@@ -42,16 +42,24 @@ def test_table_shows_a_difference():
 
 def test_summary_compares_restored_turns_only():
     turns = [
-        turn(phase="first", l3=2900, ttft_s=100.0),
+        turn(phase="first", turn=3, l3=2900, ttft_s=100.0),
         turn(ttft_s=0.44),
         turn(l3=0, computed=3000, ttft_s=5.0),
     ]
     text = summary(turns, [1.0, 1.01, 1.5])
-    assert "1 of 2 sessions" in text
+    assert "turn 4, after the restart: 1 of 2 restored" in text
     assert "TTFT of an L1 hit: median 1.10" in text
     assert "TTFT of plain / TTFT: median 11.4" in text
     assert "TTFT / TTFT of plain: median 1.010 of 3" in text
 
 
 def test_summary_of_nothing_restored_says_so():
-    assert "0 of 1 sessions" in summary([turn(l3=0, computed=3000)], [])
+    assert "0 of 1 restored" in summary([turn(l3=0, computed=3000)], [])
+
+
+def test_summary_keeps_a_turn_played_again_apart_from_the_next():
+    turns = [turn(phase="first", turn=3), turn(turn=3, ttft_s=0.4), turn(turn=4, ttft_s=0.8)]
+    again, following = summary(turns, []).split("turn 4,")
+    assert "turn 3 again, after the restart: 1 of 1" in again
+    assert "L1 hit: median 1.00" in again
+    assert "L1 hit: median 2.00" in following

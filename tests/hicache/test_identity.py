@@ -35,7 +35,12 @@ def test_an_equal_engine_hits(config: PolarConfig) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"weights": "weights B"}, {"dtype": torch.float16}, {"page_tokens": 32}, {"mla": True}],
+    [
+        {"weights": "weights B"},
+        {"dtype": torch.float16},
+        {"page_tokens": 32},
+        {"mla": True},
+    ],
     ids=["weights", "dtype", "page size", "layout"],
 )
 def test_another_engine_never_hits(config: PolarConfig, other: dict[str, object]) -> None:
@@ -43,11 +48,22 @@ def test_another_engine_never_hits(config: PolarConfig, other: dict[str, object]
         assert engine.serve(PROMPT) == (0, 0, 0)
 
 
+def test_the_two_kinds_of_fp8_never_hit_each_other(config: PolarConfig) -> None:
+    """SGLang keeps both as uint8, in L1 and in L2."""
+    with an_engine(config, dtype=torch.float8_e4m3fn) as engine:
+        engine.serve(PROMPT)
+        engine.forget()
+        assert engine.serve(PROMPT) == (0, 0, 256)
+    with an_engine(config, dtype=torch.float8_e5m2) as engine:
+        assert engine.serve(PROMPT) == (0, 0, 0)
+
+
 def test_another_model_with_equal_weights_never_hits(config: PolarConfig) -> None:
     with an_engine(config) as engine:
         engine.runtime.weights._identify = lambda: WeightsIdentity("weights A", "other rope scaling")
         engine.runtime.weights.suspend()
-        engine.runtime.weights.settle(cache_is_clean=True)
+        engine.runtime.weights.name()
+        engine.runtime.weights.adopt()
         assert engine.serve(PROMPT) == (0, 0, 0)
 
 
@@ -91,18 +107,21 @@ def node() -> Iterator[RunningNode]:
 def update_weights(engine: Engine, weights: str, *, flush: bool) -> None:
     """What the hook around SGLang's weight updates does, with the update in the middle."""
     guard = engine.runtime.weights
-    engine.cache.drain_storage()
     guard.suspend()
+    engine.cache.drain_storage()
     engine.weights = weights
     if flush:
         engine.cache.reset()
         engine.allocator.clear()
-    guard.settle(cache_is_clean=engine.cache.is_clean)
+    guard.name()
+    if engine.cache.is_clean:
+        guard.adopt()
 
 
 def test_after_an_update_old_kv_is_not_served_and_new_kv_not_mixed_with_it(node: RunningNode) -> None:
     with an_engine(PolarConfig(nodes=(node.address,))) as engine:
         engine.serve(PROMPT)
+        engine.settle()
         update_weights(engine, "weights B", flush=True)
         assert engine.serve(PROMPT) == (0, 0, 0)
         engine.settle()
@@ -114,13 +133,13 @@ def test_after_an_update_old_kv_is_not_served_and_new_kv_not_mixed_with_it(node:
         assert engine.serve(PROMPT) == (0, 0, 256)
 
 
-def test_backups_in_flight_at_an_update_are_stored_under_the_old_weights(node: RunningNode) -> None:
+def test_writes_in_flight_at_an_update_are_never_stored_under_the_new_weights(node: RunningNode) -> None:
     with an_engine(PolarConfig(nodes=(node.address,))) as engine:
-        engine.serve(PROMPT)
-        # No steps in between: the update itself has to wait for them.
-        update_weights(engine, "weights B", flush=True)
-        assert node.statistics().blocks == 16
-        assert engine.serve(PROMPT) == (0, 0, 0)
+        for number in range(1, 4):
+            # No steps in between: the update meets writes at every stage.
+            engine.serve(prompt(number, 128))
+            update_weights(engine, f"weights {number}", flush=True)
+            assert engine.serve(prompt(number, 128)) == (0, 0, 0)
 
 
 def test_after_an_update_without_a_flush_nothing_is_shared_until_there_was_one(node: RunningNode) -> None:

@@ -109,7 +109,8 @@ class Engine:
         runtime_module._runtime = self.runtime  # as start_runtime does, for the storage that HiCache makes
         self.weights = weights
         self.runtime.weights._identify = lambda: WeightsIdentity(self.weights, "config")
-        self.runtime.weights.settle(cache_is_clean=True)
+        self.runtime.weights.name()
+        self.runtime.weights.adopt()
         self.cache = PolarRadixCache(params, runtime=self.runtime, policy=policy)
         self.cache.init_hicache(arguments, params)
         assert self.runtime.client.membership.wait_tried(10)
@@ -219,7 +220,6 @@ class Engine:
         self.settle()
         self.cache.reset()
         self.allocator.clear()
-        self.runtime.weights.settle(cache_is_clean=True)
 
     def _key(self, tokens: list[int], extra_key: str | None, salt: str | None) -> RadixKey:
         return RadixKey(array("q", tokens), extra_key=extra_key, cache_salt=salt)

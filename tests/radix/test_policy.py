@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from polarkv_sglang.radix import CostPolicy, Decision, NodeView, Rates
 from polarkv_sglang.radix.rates import RateMeter
 
-NODE = NodeView(tokens=1000, prefix_tokens=0, kv_bytes=100 << 20)
+NODE = NodeView(tokens=1000, kv_bytes=100 << 20)
 POLICY = CostPolicy(margin=1.5)
 
 
@@ -45,7 +45,7 @@ def test_a_faster_pool_is_never_used_less(
     prefill: float, pool: float, load: float, tokens: int, kv_bytes: int, faster: float
 ) -> None:
     worth = [Decision.DROP, Decision.KEEP, Decision.SPILL]
-    node = NodeView(tokens, 0, kv_bytes)
+    node = NodeView(tokens, kv_bytes)
     before = POLICY.decide(node, Rates(prefill, pool, load))
     after = POLICY.decide(node, Rates(prefill, pool * faster, load * faster))
     assert worth.index(after) >= worth.index(before)
@@ -55,17 +55,18 @@ def test_rates_are_known_once_all_ranks_have_measured_and_then_the_lowest_counts
     meter = RateMeter()
     meter.observe_prefill(1000, time.monotonic() - 0.5)
     meter.observe_pool(50 << 20, 0.05)
-    meter.agree(lambda values: None)
+    meter.agree(lambda values: None, 1024)
     assert meter.agreed.load_bytes_per_s is None
     assert meter.agreed.prefill_tokens_per_s is not None
     assert 1500 < meter.agreed.prefill_tokens_per_s < 2500
 
     def slower_rank(values: torch.Tensor) -> None:
-        values.copy_(torch.minimum(values, torch.tensor([100.0, -1.0, 5.0], dtype=torch.float64)))
+        values.copy_(torch.minimum(values, torch.tensor([100.0, -1.0, 5.0, -2048.0], dtype=torch.float64)))
 
     meter.observe_load(10 << 20, 1.0)
-    meter.agree(slower_rank)
+    meter.agree(slower_rank, 1024)
     assert meter.agreed == Rates(100.0, None, 5.0)
+    assert meter.bytes_per_token == 2048
 
 
 def test_small_samples_measure_nothing() -> None:
@@ -73,5 +74,5 @@ def test_small_samples_measure_nothing() -> None:
     meter.observe_prefill(8, time.monotonic() - 1)
     meter.observe_pool(1000, 1.0)
     meter.observe_load(1000, 1.0)
-    meter.agree(lambda values: None)
+    meter.agree(lambda values: None, 1024)
     assert meter.agreed == Rates()
