@@ -74,6 +74,8 @@ ENGINE_SURFACES = (
     Surface(_CORE + "evict_device_start", ("component_type", "request_cnt")),
     Surface(_CORE + "evict_device_next_node", ("component_type", "tracker")),
     Surface(_CORE + "evict_device_end", ("component_type",)),
+    Surface("sglang.srt.distributed.parallel_state.get_world_group"),
+    Surface("sglang.kernels.ops.memory.gpu_tensor_hash.gpu_tensor_hash"),
     Surface(_STORAGE + "batch_exists", ("keys", "extra_info")),
     Surface(_STORAGE + "batch_get_v1", ("keys", "host_indices", "extra_info")),
     Surface(_STORAGE + "batch_set_v1", ("keys", "host_indices", "extra_info")),

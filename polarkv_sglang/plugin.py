@@ -40,6 +40,9 @@ def activate() -> None:
     from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from polarkv_sglang.platforms import share_cores
+
+    share_cores()
     if get_radix_cache_factory(BACKEND) is None:
         register_radix_cache_backend(BACKEND, _create_cache)
     for target, hook in _LAUNCH_HOOKS.items():

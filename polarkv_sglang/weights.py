@@ -72,7 +72,7 @@ def identify_model(runner: ModelRunner) -> WeightsIdentity:
     local = fingerprint_weights(runner.model.state_dict().items())
     fingerprints: list[str | None] = [local]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        from sglang.srt.distributed import get_world_group
+        from sglang.srt.distributed.parallel_state import get_world_group
 
         # KV of one rank depends on the weights of all: attention output is reduced over them.
         fingerprints = [None] * dist.get_world_size()

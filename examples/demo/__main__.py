@@ -24,8 +24,8 @@ from polarkv_sglang.errors import PolarError
 
 SESSIONS = 4
 TURNS_BEFORE_RESTART = 2
-# L1 holds one conversation of about 3,000 tokens, L2 two: four, played in turn, outgrow both. L2 has to exceed L1
-# by a conversation, because pages that are in L1 keep their place in L2 while L3 fills the rest.
+# L1 holds one conversation of about 3,000 tokens and L2 two; four, played in turn, outgrow both. L2 has to
+# exceed L1 by a conversation: what is in L1 keeps its place in L2 while L3 fills the rest.
 L1_TOKENS = 3584
 L2_RATIO = 2.0
 POOL_CAPACITY = "3GiB"
@@ -34,10 +34,10 @@ POOL_CAPACITY = "3GiB"
 def shared_flags() -> list[str]:
     """What both engines are started with."""
     flags = ["--page-size", str(PAGE_TOKENS), "--max-total-tokens", str(L1_TOKENS)]
-    flags += ["--enable-hierarchical-cache", "--hicache-ratio", str(L2_RATIO), "--sleep-on-idle"]
+    flags += ["--enable-hierarchical-cache", "--hicache-ratio", str(L2_RATIO)]
     if not torch.accelerator.is_available():
-        # In bf16 two logits within its rounding of each other come out in another order when a prefix is cached
-        # than when it is computed, in plain SGLang too; then equal outputs would be a matter of luck.
+        # In bf16 two logits closer than its rounding can swap places between a cached and a computed prefix,
+        # in plain SGLang too; equal outputs would then be a matter of luck.
         flags += ["--dtype", "float32"]
     return flags
 
@@ -97,6 +97,10 @@ def main() -> int:
     option("--json", type=Path, default=Path("demo.json"), help="where the figures go")
     option("--logs", type=Path, default=Path("build/demo"), help="folder for the processes' logs")
     args = parser.parse_args()
+    if not args.model.is_dir():
+        parser.error(f"there is no {args.model}; python -m examples.smollm2 makes it")
+    if not 1 <= args.sessions <= len(CONVERSATIONS):
+        parser.error(f"--sessions {args.sessions} is not in 1..{len(CONVERSATIONS)}")
     # What ends a demo from outside must also end the servers it has started.
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGHUP, _end)

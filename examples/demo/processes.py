@@ -10,11 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 from polarkv_sglang.errors import PolarError
 
@@ -37,17 +35,9 @@ class ProcessFailed(PolarError):
 class Process:
     """A child in a process group of its own, which goes as a whole when the child is stopped."""
 
-    def __init__(
-        self,
-        name: str,
-        command: list[str],
-        is_ready: Callable[[], bool],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, name: str, command: list[str], is_ready: Callable[[], bool], log: Path) -> None:
         self.name = name
         self._command = command
-        self._environment = environment or {}
         self._is_ready = is_ready
         self._log = log
         self._child: subprocess.Popen[bytes] | None = None
@@ -56,18 +46,12 @@ class Process:
         """As one would type it in the current folder."""
         program = Path(self._command[0])
         shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
-        assignments = [f"{name}={shlex.quote(value)}" for name, value in self._environment.items()]
-        return " ".join([*assignments, shlex.join([str(shown), *self._command[1:]])])
+        return shlex.join([str(shown), *self._command[1:]])
 
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._child = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self._environment},
-                start_new_session=True,
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait_until_ready(self) -> None:
@@ -130,9 +114,7 @@ def engine(name: str, model: Path, port: int, flags: list[str], log: Path) -> Pr
     """An SGLang server; ready when it has answered its own first request."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-    # SGLang compiles a few small functions at the first request, which takes minutes on a CPU.
-    environment = {} if torch.accelerator.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
-    return Process(name, command, lambda: _is_healthy(port), log, environment)
+    return Process(name, command, lambda: _is_healthy(port), log)
 
 
 def memory_node(port: int, capacity: str, log: Path) -> Process:

@@ -49,6 +49,14 @@ def install_cpu_hooks() -> None:
         hooks.install()
 
 
+def share_cores() -> None:
+    """Let each rank of our platform have its share of the cores; early, when plugins are loaded."""
+    if is_active():
+        from polarkv_sglang.platforms import hooks
+
+        hooks.bind_ranks()
+
+
 def _switched_on() -> bool:
     value = os.environ.get("POLARKV_CPU_PLATFORM", "1")
     if value not in ("0", "1"):

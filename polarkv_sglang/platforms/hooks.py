@@ -60,7 +60,6 @@ def install() -> None:
     """Change this process's SGLang; for our platform only. Raises IncompatibleSGLang if it has changed."""
     check_surfaces(SURFACES)
     _use_suffix_attention()
-    _bind_ranks()
     _use_plain_host_pools()
 
 
@@ -85,7 +84,9 @@ def _mla_method(attention: DeepseekV2AttentionMLA, batch: ForwardBatch) -> AttnF
     return AttnForwardMethod.MLA
 
 
-def _bind_ranks() -> None:
+@functools.cache
+def bind_ranks() -> None:
+    """Share the cores out among ranks; SGLang binds them before it imports the model runner."""
     from sglang.srt.distributed import bootstrap
     from sglang.srt.utils import numa_utils
 

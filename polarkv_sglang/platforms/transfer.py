@@ -6,7 +6,7 @@ first) or, like L1, one tensor per layer (layer first). Indices are token slots;
 as whole pages.
 
 Rows are copied by numpy: torch's indexed copies split every small one over all threads, which on a busy
-machine takes twenty times as long.
+machine takes twenty times as long. Pages that follow each other on both sides, as most do, go in one copy.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def transfer_kv_per_layer_direct_pf_lf(
     page_size: int,
 ) -> None:
     """Load one layer of whole pages from page-first host tensors (K, V) into that layer of L1."""
-    host_pages, device_pages = _pages(src_indices, page_size), _pages(dst_indices, page_size)
+    runs = _runs(_pages(src_indices, page_size), _pages(dst_indices, page_size))
     for host, device in zip(src_ptrs, dst_ptrs, strict=True):
-        _by_page(device, page_size)[device_pages] = _bytes(host)[host_pages, layer_id]
+        source, target = _bytes(host), _by_page(device, page_size)
+        for host_page, device_page, count in runs:
+            target[device_page : device_page + count] = source[host_page : host_page + count, layer_id]
 
 
 def transfer_kv_all_layer_direct_lf_pf(
@@ -56,11 +58,13 @@ def transfer_kv_all_layer_direct_lf_pf(
 
     ``src_ptrs`` holds the layers for the first of ``dst_ptrs``, then those for the second: all K, then all V.
     """
-    device_pages, host_pages = _pages(src_indices, page_size), _pages(dst_indices, page_size)
+    runs = _runs(_pages(src_indices, page_size), _pages(dst_indices, page_size))
     layers = len(src_ptrs) // len(dst_ptrs)
     for i, device in enumerate(src_ptrs):
-        target, layer = divmod(i, layers)
-        _bytes(dst_ptrs[target])[host_pages, layer] = _by_page(device, page_size)[device_pages]
+        host, layer = divmod(i, layers)
+        source, target = _by_page(device, page_size), _bytes(dst_ptrs[host])
+        for device_page, host_page, count in runs:
+            target[host_page : host_page + count, layer] = source[device_page : device_page + count]
 
 
 def _bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
@@ -79,3 +83,11 @@ def _pages(slots: torch.Tensor, page_size: int) -> npt.NDArray[np.int64]:
     """Page numbers of token slots that are whole pages."""
     pages: npt.NDArray[np.int64] = slots.numpy()[::page_size] // page_size
     return pages
+
+
+def _runs(source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """(source page, target page, count) of the runs in which both sides are consecutive."""
+    breaks = np.flatnonzero((np.diff(source) != 1) | (np.diff(target) != 1)) + 1
+    starts = np.concatenate([[0], breaks])
+    counts = np.diff(np.append(starts, len(source)))
+    return list(zip(source[starts].tolist(), target[starts].tolist(), counts.tolist(), strict=True))

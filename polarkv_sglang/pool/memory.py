@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import xxhash
 from polarkv_sglang.errors import TransportError
 from polarkv_sglang.pool.blocks import Pieces
 from polarkv_sglang.transport import Context, RegisteredMemory
+
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 class Region(NamedTuple):
@@ -46,6 +49,7 @@ class LocalMemory:
             known = region.memory
             if known.address <= address and address + length <= known.address + known.length:
                 return
+        _advise_huge_pages(address, length)
         memory = self._context.register(address, length)
         view = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
         regions = sorted((*self._regions, Region(memory, view)), key=lambda item: item.memory.address)
@@ -83,3 +87,14 @@ class LocalMemory:
         for region in self._regions:
             region.memory.close()
         self._regions = ()
+
+
+def _advise_huge_pages(address: int, length: int) -> None:
+    """Ask for huge pages in memory that may not have been touched yet; a hint, and harmless elsewhere.
+
+    Without them the first touch of a host pool runs at 0.5 GB/s, and CMA pins four KiB at a time.
+    """
+    start = -(-address // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    end = (address + length) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)

@@ -32,7 +32,7 @@ _ALL_TOKENS = 1 << 60
 _WATERMARK_STEPS = 16
 _DRAIN_POLL_S = 0.001
 _DRAIN_STEPS = 10_000
-_YIELD_S = 50e-6
+_YIELD_S = 200e-6
 
 
 class PolarRadixCache(UnifiedRadixCache):

@@ -169,6 +169,27 @@ if __name__ == "__main__":
         time.sleep(0.1)
 
 
+def test_two_ranks_spill_what_leaves_l1_and_share_nothing_old_after_an_update(
+    model: Path, node: RunningNode, tmp_path: Path
+) -> None:
+    flags = ("--tp", "2", "--polarkv-spill", "evict", "--max-total-tokens", "2048", "--hicache-ratio", "1.5")
+    with running_server(model, tmp_path / "ranks.log", "--polarkv-nodes", node.address, *flags) as ranks:
+        prompts = [prompt(200 + number, 600) for number in range(8)]
+        first = [ranks.generate(each) for each in prompts]
+        again = [ranks.generate(each) for each in prompts]
+        assert [reply.output_ids for reply in again] == [reply.output_ids for reply in first]
+        assert sum(reply.tiers.l3 for reply in again if reply.tiers is not None) >= 2 * 592
+        other = tiny_models.build("llama", tmp_path / "other", seed=1)
+        assert ranks.post("/update_weights_from_disk", model_path=str(other))["success"]
+        new = [ranks.generate(each) for each in prompts[:3]]
+        assert all(reply.tiers is not None and reply.tiers.computed == 600 for reply in new)
+        assert ranks.post("/update_weights_from_disk", model_path=str(model))["success"]
+        back = ranks.generate(prompts[0])
+        assert back.tiers is not None
+        assert back.tiers.l3 >= 592
+        assert back.output_ids == first[0].output_ids
+
+
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])
 def test_a_pool_that_fails_under_traffic_costs_no_request_and_no_token(
     server: Server, node: RunningNode, fault: signal.Signals
