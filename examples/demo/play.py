@@ -16,6 +16,7 @@ from polarkv_sglang.errors import PolarError
 PAGE_TOKENS = 16
 MAX_NEW_TOKENS = 16
 L1_REPEATS = 3
+WAKE_TOKENS = 32
 WARM_UP_TOKENS = 2048
 NO_HIT_TOKENS = 1024
 NO_HIT_PAIRS = 8  # per start of the engines
@@ -38,6 +39,7 @@ class Demo:
         self._sessions = [Session(conversation, tokenizer) for conversation in CONVERSATIONS[:sessions]]
         self._last_replies: dict[str, Reply] = {}
         self._starts = 0
+        self._wake_prompts = fresh_prompts(tokenizer, WAKE_TOKENS, seed=0)
 
     def warm_up(self) -> None:
         """Fresh prompts for both engines: they warm up, then show what PolarKV costs where nothing hits."""
@@ -87,14 +89,23 @@ class Demo:
         expected = {"before the restart": self._last_replies[session.name]}
         return self._measure(session, phase, session.ask_again(), expected)[0]
 
+    def _ask(self, port: int, prompt: list[int], max_new_tokens: int) -> Reply:
+        """A timed request to an engine that is awake, as one under load is: a short request comes before it.
+
+        While one engine computes for seconds the other sleeps and the caches of the CPU forget it; the
+        first request after that would be compared with repeats on a warm engine.
+        """
+        generate(port, next(self._wake_prompts), 2)
+        return generate(port, prompt, max_new_tokens)
+
     def _measure(
         self, session: Session, phase: Phase, prompt: list[int], expected: dict[str, Reply]
     ) -> tuple[Turn, Reply]:
         """Every reply must equal the first, which is returned, and those `expected`."""
-        polarkv = generate(self._polarkv_port, prompt, MAX_NEW_TOKENS)
-        repeat = generate(self._polarkv_port, prompt, MAX_NEW_TOKENS)
-        hits = [repeat, *(generate(self._polarkv_port, prompt, 1) for _ in range(L1_REPEATS - 1))]
-        plain = generate(self._plain_port, prompt, MAX_NEW_TOKENS)
+        polarkv = self._ask(self._polarkv_port, prompt, MAX_NEW_TOKENS)
+        repeat = self._ask(self._polarkv_port, prompt, MAX_NEW_TOKENS)
+        hits = [repeat, *(self._ask(self._polarkv_port, prompt, 1) for _ in range(L1_REPEATS - 1))]
+        plain = self._ask(self._plain_port, prompt, MAX_NEW_TOKENS)
 
         for hit in hits:
             if tiers_of(hit).l1 < len(prompt) - 2 * PAGE_TOKENS:
