@@ -33,6 +33,7 @@ _WATERMARK_STEPS = 16
 _DRAIN_POLL_S = 0.001
 _DRAIN_STEPS = 10_000
 _YIELD_S = 200e-6
+_YIELD_GAP_S = 400e-6
 
 
 class PolarRadixCache(UnifiedRadixCache):
@@ -59,6 +60,7 @@ class PolarRadixCache(UnifiedRadixCache):
         self.policy = policy or CostPolicy()
         self.rates = RateMeter()
         self._steps = 0
+        self._yield_next = 0.0  # time.monotonic
         self._inserts = 0
         self._inserts_at_reset = 0
         self._nothing_cold = (-1, 0)  # inserts and least free tokens at which nothing is left to copy ahead
@@ -111,11 +113,13 @@ class PolarRadixCache(UnifiedRadixCache):
         """Whether a request's fetch has ended; while it has not, lets the threads that fetch have the GIL.
 
         The scheduler polls in a tight loop where nothing else can run, and a storage thread that wants the
-        GIL would wait a switch interval (5 ms) for every step of its fetch.
+        GIL would wait a switch interval (5 ms) for every step of its fetch. However many requests wait, a
+        scheduling pass gives way once.
         """
         ready = bool(super().check_prefetch_progress(request))
-        if not ready:
+        if not ready and time.monotonic() >= self._yield_next:
             time.sleep(_YIELD_S)
+            self._yield_next = time.monotonic() + _YIELD_GAP_S
         return ready
 
     # Spilling
