@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from polarkv_sglang.errors import NodeError, PolarError
-from polarkv_sglang.transport import Context, Endpoint, RemoteKey, Worker
+import numpy as np
+
+from polarkv_sglang.errors import NodeError, PolarError, TransportError
+from polarkv_sglang.transport import OPERATION, Context, Direction, Endpoint, RemoteKey, Worker
 from polarkv_sglang.transport.control import ControlConnection, NodeRefused
 
 logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 10.0
+_PROBE_BYTES = 64
 
 
 class Link(NamedTuple):
@@ -41,16 +44,37 @@ class Lane:
         self._context = context
         self.worker = Worker(context) if context is not None else None
         self.links: dict[str, Link] = {}
+        self._probe = np.zeros(_PROBE_BYTES, np.uint8)
+        self._probe_memory = (
+            context.register(self._probe.ctypes.data, self._probe.nbytes) if context is not None else None
+        )
 
-    def add(self, address: str, control: ControlConnection) -> None:
-        """Take a connection into use; TransportError if UCX cannot reach the node."""
+    def add(self, address: str, control: ControlConnection, deadline_s: float) -> None:
+        """Take a connection into use; TransportError if UCX does not reach the node in time."""
         endpoint = key = None
         with self.lock:
             if self.worker is not None:
                 endpoint = self.worker.connect(control.welcome.worker_address)
                 key = endpoint.unpack(control.welcome.rkey)
+                self._read_a_little(endpoint, key, control.welcome.base_address, deadline_s)
             self.drop(address)
             self.links[address] = Link(address, control, endpoint, key)
+
+    def _read_a_little(self, endpoint: Endpoint, key: RemoteKey, remote: int, deadline_s: float) -> None:
+        """UCX sets an endpoint up at its first operation: have that done, and seen to work, in time."""
+        assert self.worker is not None
+        assert self._probe_memory is not None
+        operation = np.array([(self._probe.ctypes.data, remote, _PROBE_BYTES, 0, 0)], OPERATION)
+        memories = [self._probe_memory]
+        try:
+            status = self.worker.transfer(Direction.GET, operation, [endpoint], memories, [key], deadline_s)
+        except TransportError:
+            self.replace_worker()
+            raise
+        if status.any():
+            reason = endpoint.failed or "no answer in time"
+            endpoint.close(force=True)
+            raise TransportError(f"its memory cannot be read over UCX: {reason}")
 
     def drop(self, address: str) -> None:
         """Give a link up; the caller holds ``lock``. No batch is under way, so nothing is in flight on it."""
@@ -188,7 +212,7 @@ class Membership:
             if len({control.welcome.node_id for control in controls}) > 1:
                 raise NodeError(f"memory node {address} restarted while we connected")
             for lane, control in zip(self._lanes, controls):
-                lane.add(address, control)
+                lane.add(address, control, self._deadline_s)
         except PolarError:
             for control in controls:
                 control.close()
