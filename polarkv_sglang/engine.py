@@ -65,13 +65,16 @@ def _change_weights(
     if not isinstance(cache, PolarRadixCache):
         return change(updater, request)
     guard = cache.runtime.weights
+    before = guard.current
     guard.suspend()
     cache.drain_storage()
     result = change(updater, request)
     # In an open session more weights come, some of them by RDMA and without a call.
     if updater._session is None:
-        guard.name()
-        if cache.is_clean and updater.is_fully_idle(ignore_waiting=updater.scheduler._engine_paused):
+        # A failed update or a look at the weights leaves them, and so the cached KV, as they were.
+        unchanged = guard.name() == before
+        idle = updater.is_fully_idle(ignore_waiting=updater.scheduler._engine_paused)
+        if unchanged or (cache.is_clean and idle):
             guard.adopt()
         else:
             logger.warning(

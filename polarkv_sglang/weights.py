@@ -45,9 +45,10 @@ class WeightsGuard:
         """Weights are about to change: share nothing until they are named and adopted."""
         self.current = self._named = None
 
-    def name(self) -> None:
+    def name(self) -> WeightsIdentity:
         """Name the weights as they are now. A collective: every rank of the engine calls it."""
         self._named = self._identify()
+        return self._named
 
     def adopt(self) -> None:
         """Share under the named weights; called when no KV of other weights is cached or in flight."""

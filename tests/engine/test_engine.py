@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,7 +85,9 @@ def test_metrics_count_every_prompt_token_by_source(server: Server) -> None:
     assert "polarkv_live_nodes 1.0" in server.get("/metrics")
 
 
-def test_after_a_weight_update_nothing_old_is_served(server: Server, model: Path, tmp_path: Path) -> None:
+def test_after_a_weight_update_nothing_old_is_served(
+    server: Server, model: Path, node: RunningNode, tmp_path: Path
+) -> None:
     asked = prompt(30, 640)
     old = server.generate(asked)
     server.generate_from_pool(asked, at_least=624)
@@ -103,6 +106,15 @@ def test_after_a_weight_update_nothing_old_is_served(server: Server, model: Path
     assert again.tiers is not None
     assert again.tiers.l3 >= 624
     assert again.output_ids == old.output_ids
+    # An update that fails changes nothing: what is computed next is shared, without a flush.
+    with pytest.raises(urllib.error.HTTPError):
+        server.post("/update_weights_from_disk", model_path=str(tmp_path / "absent"))
+    before = node.statistics().commits_total
+    server.generate(prompt(32, 640))
+    end = time.monotonic() + 15
+    while node.statistics().commits_total < before + 40:
+        assert time.monotonic() < end, "KV is no longer shared after a failed update"
+        time.sleep(0.2)
 
 
 def test_tenants_do_not_share(server: Server) -> None:
