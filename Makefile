@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Setup is redone when the content of any of these changes, not when a checkout touches their dates.
-SETUP_INPUTS := pyproject.toml constraints.txt $(wildcard polarkv_sglang/transport/*.c)
+SETUP_INPUTS := pyproject.toml constraints.txt $(wildcard polarkv_sglang/transport/*.[ch])
 STAMP := $(VENV)/.setup-$(shell cat $(SETUP_INPUTS) | sha256sum | cut -c1-16)
 
 .PHONY: setup demo test test-full lint format clean
@@ -40,5 +40,5 @@ test-full: lint
 
 clean:
 	rm -rf $(VENV) models demo.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find polarkv_sglang examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find polarkv_sglang kernels benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	find polarkv_sglang -name '*.so' -delete

@@ -65,6 +65,8 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     nodes: tuple[str, ...] = ()  # memory nodes, host:port; none: an embedded node on this host
+    nodes_file: str | None = None  # instead of nodes: one host:port a line, read again when it changes
+    copies: int = 1  # memory nodes that hold a stripe which is read often
     # Bytes of the embedded node; 0: an eighth of the free memory, 64 GiB at most.
     capacity_bytes: int = msgspec.field(default=0, name="capacity")
     token: str | None = None  # shared secret of the control plane
@@ -75,12 +77,17 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     spill_watermark: float = 0.25  # evict: share of L1 kept free or already copied ahead of need
     ucx_library: str | None = None  # path of libucp.so.0; none: the system's, else the wheel's
     ucx_tls: str | None = None  # UCX transports, as UCX_TLS; tcp must be among them
+    tls_cert: str | None = None  # control plane by mutual TLS: our certificate, its key, and the authority
+    tls_key: str | None = None
+    tls_ca: str | None = None
 
     def __post_init__(self) -> None:
         for node in self.nodes:
             parse_address(node)
         if len(set(self.nodes)) != len(self.nodes):
             raise ConfigError(f"nodes {', '.join(self.nodes)} names a memory node twice")
+        if self.nodes and self.nodes_file is not None:
+            raise ConfigError(f"nodes and nodes_file {self.nodes_file} are both given; leave one out")
         if self.capacity_bytes != 0 and self.capacity_bytes < 2**24:
             raise ConfigError(
                 f"capacity {self.capacity_bytes} B is below 16 MiB; give more, or 0 for the default"
@@ -88,6 +95,7 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _within("deadline", self.deadline_s, 0.01, 5.0, "seconds")  # SGLang joins storage threads for 10
         _within("stripe_pages", self.stripe_pages, 1, 4096, "pages")
         _within("spill_watermark", self.spill_watermark, 0.0, 0.9, "of L1")
+        _within("copies", self.copies, 1, 3, "memory nodes")
         if self.token == "":
             raise ConfigError("token is empty; leave it out to run without one")
 
@@ -100,6 +108,8 @@ def _within(name: str, value: float, low: float, high: float, unit: str) -> None
 SETTINGS = tuple(PolarConfig.__struct_encode_fields__)
 _HELP = {
     "nodes": "Memory nodes, host:port, comma-separated. None: one is embedded on this host.",
+    "nodes_file": "File with one memory node a line, read again when it changes, instead of a list.",
+    "copies": "Memory nodes that hold a stripe which is read often, 1 to 3. Default: 1.",
     "capacity": "Memory of the embedded node, such as 8GiB. Default: an eighth of the free memory.",
     "token": "Shared secret of the memory nodes (better given as POLARKV_TOKEN).",
     "spill": "share: written to the pool at insert; evict: written when it leaves GPU memory.",
@@ -108,6 +118,9 @@ _HELP = {
     "spill_watermark": "With evict: share of L1 that is free or copied ahead of need. Default: 0.25.",
     "ucx_library": "Path of libucp.so.0. Default: the system's (>= 1.17), else the wheel's.",
     "ucx_tls": "UCX transports to use, as UCX_TLS. Default: UCX's choice.",
+    "tls_cert": "Our certificate (PEM), for mutual TLS with the memory nodes' control servers.",
+    "tls_key": "The key of --polarkv-tls-cert (PEM).",
+    "tls_ca": "The authority (PEM) that signed our certificate and those of the memory nodes.",
 }
 
 
@@ -194,7 +207,7 @@ def _parse(setting: str, text: str, source: str) -> object:
                 return tuple(part.strip() for part in text.split(",") if part.strip())
             case "capacity":
                 return parse_bytes(text)
-            case "stripe_pages":
+            case "stripe_pages" | "copies":
                 return int(text)
             case "deadline" | "spill_watermark":
                 return float(text)

@@ -19,7 +19,9 @@ from polarkv_sglang import compat
 from polarkv_sglang.accounting import flatten_meta_info
 from polarkv_sglang.config import PolarConfig, add_flags, build_config, from_flags
 from polarkv_sglang.errors import ConfigError, PolarError
+from polarkv_sglang.pool.nodes import read_nodes
 from polarkv_sglang.transport.control import NodeTimeout
+from polarkv_sglang.transport.tls import client_tls
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -91,6 +93,10 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
             f"--enable-polarkv is the storage of HiCache; leave out --hicache-storage-backend "
             f"{arguments.hicache_storage_backend}"
         )
+    # What is wrong with these is better found before the model is loaded than in the schedulers.
+    client_tls(config.tls_cert, config.tls_key, config.tls_ca)
+    if config.nodes_file is not None:
+        read_nodes(Path(config.nodes_file))
     arguments.radix_cache_backend = BACKEND
     arguments.enable_hierarchical_cache = True
     arguments.hicache_storage_backend = "dynamic"
@@ -99,7 +105,7 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     )
     if config.spill == "evict":
         arguments.hicache_write_policy = "write_back"
-    if not config.nodes:
+    if not (config.nodes or config.nodes_file):
         if arguments.nnodes > 1:
             raise ConfigError(
                 f"an engine on {arguments.nnodes} hosts needs memory nodes that all of them reach; "

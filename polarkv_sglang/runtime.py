@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polarkv_sglang.config import PolarConfig, load_config
 from polarkv_sglang.pool.client import PoolClient
+from polarkv_sglang.transport.tls import client_tls
 from polarkv_sglang.weights import WeightsGuard, WeightsIdentity, identify_model
 
 if TYPE_CHECKING:
@@ -45,13 +48,17 @@ class PolarRuntime:
         """The pool client; connecting starts at the first use and goes on in the background."""
         with self._lock:
             if self._client is None:
+                config = self.config
                 self._client = PoolClient(
-                    self.config.nodes,
-                    token=self.config.token,
-                    deadline_s=self.config.deadline_s,
-                    client=f"pid {os.getpid()}",
-                    ucx_library=self.config.ucx_library,
-                    ucx_tls=self.config.ucx_tls,
+                    config.nodes,
+                    nodes_file=Path(config.nodes_file) if config.nodes_file is not None else None,
+                    token=config.token,
+                    tls=client_tls(config.tls_cert, config.tls_key, config.tls_ca),
+                    deadline_s=config.deadline_s,
+                    copies=config.copies,
+                    client=f"{socket.gethostname()} pid {os.getpid()}",
+                    ucx_library=config.ucx_library,
+                    ucx_tls=config.ucx_tls,
                 )
             return self._client
 

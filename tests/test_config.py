@@ -45,9 +45,17 @@ def test_a_flag_beats_a_variable_beats_the_file(tmp_path: Path) -> None:
     assert from_flags(parsed("--polarkv-config", str(other)), environ={}).deadline_s == 4.0
 
 
-def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
+NODES = {"nodes": ("10.0.0.4:7411,10.0.0.5:7411", '["10.0.0.4:7411", "10.0.0.5:7411"]')}
+NODES_FILE = {"nodes_file": ("/etc/polarkv/nodes", '"/etc/polarkv/nodes"')}
+
+
+@pytest.mark.parametrize(("given", "left_out"), [(NODES, NODES_FILE), (NODES_FILE, NODES)])
+def test_every_setting_is_a_flag_a_variable_and_a_key(
+    tmp_path: Path, given: dict[str, tuple[str, str]], left_out: dict[str, tuple[str, str]]
+) -> None:
     values = {
-        "nodes": ("10.0.0.4:7411,10.0.0.5:7411", '["10.0.0.4:7411", "10.0.0.5:7411"]'),
+        **given,
+        "copies": ("2", "2"),
         "capacity": ("8GiB", '"8GiB"'),
         "token": ("secret", '"secret"'),
         "spill": ("evict", '"evict"'),
@@ -56,8 +64,11 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         "spill_watermark": ("0.5", "0.5"),
         "ucx_library": ("/opt/ucx/libucp.so.0", '"/opt/ucx/libucp.so.0"'),
         "ucx_tls": ("tcp,cma", '"tcp,cma"'),
+        "tls_cert": ("/etc/polarkv/cert.pem", '"/etc/polarkv/cert.pem"'),
+        "tls_key": ("/etc/polarkv/key.pem", '"/etc/polarkv/key.pem"'),
+        "tls_ca": ("/etc/polarkv/ca.pem", '"/etc/polarkv/ca.pem"'),
     }
-    assert set(values) == set(SETTINGS)
+    assert set(values) | set(left_out) == set(SETTINGS)
     flags = [
         part for name, (text, _) in values.items() for part in (f"--polarkv-{name.replace('_', '-')}", text)
     ]
@@ -80,6 +91,8 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         (["--polarkv-nodes", "10.0.0.4"], "10.0.0.4"),
         (["--polarkv-nodes", "h:99999"], "h:99999"),
         (["--polarkv-nodes", "a:1,a:1"], "twice"),
+        (["--polarkv-nodes", "a:1", "--polarkv-nodes-file", "/etc/nodes"], "both given"),
+        (["--polarkv-copies", "4"], "copies 4"),
         (["--polarkv-capacity", "much"], "much"),
         (["--polarkv-capacity", "1MiB"], "16 MiB"),
         (["--polarkv-stripe-pages", "0"], "stripe_pages"),

@@ -5,12 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from polarkv_sglang import __version__
-from polarkv_sglang.cli import node, status
+from polarkv_sglang.cli import bench, doctor, node, status
 from polarkv_sglang.errors import ConfigError, PolarError
+
+_TLS_FILES = {
+    "cert": "TLS on the control plane: our certificate, PEM",
+    "key": "Its key",
+    "ca": "The authority that has to have signed the other side's certificate",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,13 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"polarkv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (node, status):
+    for command in (node, status, doctor, bench):
         subparser = command.add_parser(commands)
         subparser.add_argument(
             "--token",
             help="Shared secret of the pool. Better given as POLARKV_TOKEN: flags can be seen by others.",
         )
-        subparser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+        for name, text in _TLS_FILES.items():
+            subparser.add_argument(
+                f"--tls-{name}", metavar="FILE", help=f"{text} (or POLARKV_TLS_{name.upper()})."
+            )
+        level = getattr(command, "LOG_LEVEL", "info")
+        subparser.add_argument(
+            "--log-level", default=level, choices=("debug", "info", "warning", "error", "critical")
+        )
         subparser.set_defaults(run=command.run)
     args = parser.parse_args(arguments)
     logging.basicConfig(
@@ -34,11 +49,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    # Until a command has a better way to end, it ends as by Ctrl-C, and so do the processes that it started.
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Standard output is for our tables and JSON.
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
     try:
         if args.token == "":
             raise ConfigError("--token is empty; leave it out to run without one")
         args.token = args.token or os.environ.get("POLARKV_TOKEN") or None
-        return int(args.run(args))
+        for name in _TLS_FILES:
+            given = getattr(args, f"tls_{name}") or os.environ.get(f"POLARKV_TLS_{name.upper()}")
+            setattr(args, f"tls_{name}", given or None)
+        code = int(args.run(args))
+        sys.stdout.flush()
     except PolarError as error:
         print(f"polarkv: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        logging.debug("where it failed:", exc_info=True)
+        print(f"polarkv: {error}; polarkv doctor says what is missing", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read us has seen enough; Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

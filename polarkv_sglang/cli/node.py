@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import signal
+import ssl
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--segment", metavar="SIZE", help="Longest block. Default: a sixteenth of the capacity, 2 to 64 MiB."
     )
     parser.add_argument(
-        "--prefault", action="store_true", help="Take all of the memory now, in the background."
+        "--prefault",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Take all of the memory at the start, in the background. Default: --prefault.",
     )
     parser.add_argument(
         "--metrics-port",
@@ -63,18 +67,23 @@ def run(args: argparse.Namespace) -> int:
     # Imported after the fork of _detach, which threads of numpy or UCX would not survive.
     from polarkv_sglang.pool.node import NodeSettings
 
+    tls, client_tls = _tls(args)
     settings = NodeSettings(
         host=host,
         port=port,
         capacity_bytes=capacity_bytes,
         segment_bytes=segment_bytes,
         token=args.token,
-        prefault=args.prefault,
+        tls=tls,
+        client_tls=client_tls,
+        prefault=args.prefault and args.embedded is None,
         ucx_tls=args.ucx_tls,
         ucx_library=args.ucx_library,
         embedded=args.embedded is not None,
     )
-    asyncio.run(_serve(settings, args.metrics_port, args.embedded))
+    import uvloop  # half the time of asyncio's own loop for a request
+
+    uvloop.run(_serve(settings, args.metrics_port, args.embedded))
     return 0
 
 
@@ -89,7 +98,8 @@ async def _serve(settings: NodeSettings, metrics_port: int | None, runtime_dir: 
             loop.add_signal_handler(number, node.stop)
         line = (
             f"polarkv node {node.node_id.hex()[:12]} listening on {node.address}, "
-            f"capacity {format_bytes(node.capacity_bytes)}, libucp {node.libucp}"
+            f"capacity {format_bytes(node.capacity_bytes)}, libucp {node.libucp}, "
+            f"pages: {node.pages}{', TLS' if settings.tls is not None else ''}"
         )
         with ExitStack() as stack:
             if metrics_port is not None:
@@ -101,6 +111,19 @@ async def _serve(settings: NodeSettings, metrics_port: int | None, runtime_dir: 
                 stack.enter_context(published(runtime_dir, node.address, settings.token))
             print(line, flush=True)
             await node.stopped()
+
+
+def _tls(args: argparse.Namespace) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+    """Contexts to serve with, and to reach other nodes with."""
+    if args.embedded is not None:
+        return (
+            None,
+            None,
+        )  # the variables are meant for the pool; an embedded node is reached on loopback only
+    from polarkv_sglang.transport.tls import TlsFiles, client_context, server_context
+
+    files = TlsFiles.of(args.tls_cert, args.tls_key, args.tls_ca)
+    return (server_context(*files), client_context(*files)) if files is not None else (None, None)
 
 
 def _parse_listen(text: str) -> tuple[str, int]:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from polarkv_sglang.identity import NO_PARENT
 
+Blocks = npt.NDArray[np.intp]  # positions in a chain
+
 
 class Chain(NamedTuple):
     """Consecutive blocks of one prefix, heads first."""
@@ -50,3 +52,13 @@ def chain(prefix: Sequence[bytes], keys: Sequence[bytes], stripe_pages: int) -> 
         anchors.append(prefix[anchor] if anchor < first else keys[anchor - first])
     before = prefix[-1] if prefix else NO_PARENT
     return Chain(keys=keys, parents=[before, *keys[:-1]], anchors=anchors)
+
+
+def blob(keys: Sequence[bytes], blocks: Blocks) -> bytes:
+    """The keys of some blocks, end to end, as messages carry them."""
+    return b"".join([keys[block] for block in blocks.tolist()])
+
+
+def leading(mask: npt.NDArray[np.bool_]) -> int:
+    """How many True the mask begins with."""
+    return len(mask) if mask.all() else int(mask.argmin())

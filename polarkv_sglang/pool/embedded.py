@@ -99,10 +99,10 @@ def start_or_join(
 def default_capacity_bytes() -> int:
     """An eighth of the memory that this process may have; 64 MiB at least, 64 GiB at most."""
     available = int(psutil.virtual_memory().available)
-    return max(64 << 20, min(64 << 30, min([available, *_memory_limits()]) // 8))
+    return max(64 << 20, min(64 << 30, min([available, *memory_limits()]) // 8))
 
 
-def _memory_limits() -> Iterator[int]:
+def memory_limits() -> Iterator[int]:
     """Limits of our control group and those above it, in bytes (cgroup v2, else v1)."""
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from enum import Enum
 from typing import NamedTuple
 
-import msgspec
+import numpy as np
 
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.eviction import EvictionPolicy, LeastRecentlyUsed
 from polarkv_sglang.pool.slab import Slab
+from polarkv_sglang.pool.table import BlockTable, Rows
 from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
 
 RESERVATION_S = 30.0
@@ -27,32 +28,20 @@ _MAX_SUGGESTIONS = 8192
 _logger = logging.getLogger(__name__)
 
 
-class _State(Enum):
-    RESERVED = 0
-    COMMITTED = 1
-    DROPPED = 2  # out of the index, but leased: its slot is quarantined
-
-
-class _Block(msgspec.Struct, gc=False, eq=False):
-    """gc=False: holds no containers, and a million of these must not slow down the garbage collector."""
-
-    key: bytes
-    parent: bytes
-    address: int
-    length: int
-    generation: int  # never given twice by one node, so equal means: nobody wrote here in between
-    state: _State = _State.RESERVED
-    checksum: int = 0
-    leases: int = 0
-    last_use: int = 0
-
-
-class _Holding(NamedTuple):
-    """A reservation or a lease."""
+class _Writing(NamedTuple):
+    """A reservation."""
 
     owner: int
     deadline: float
-    blocks: list[_Block]
+    rows: list[int]
+
+
+class _Reading(NamedTuple):
+    """A lease."""
+
+    owner: int
+    deadline: float
+    rows: Rows
 
 
 class Reservation(NamedTuple):
@@ -69,6 +58,13 @@ class Lease(NamedTuple):
     lengths: list[int]
     checksums: list[int]
     generations: list[int]
+
+
+class Description(NamedTuple):
+    """Columns hold one entry per key; for a miss NO_PARENT and 0."""
+
+    parents: list[bytes]
+    lengths: list[int]
 
 
 class IndexStatistics(NamedTuple):
@@ -108,15 +104,18 @@ class Index:
         self._slab = slab
         self._policy = policy if policy is not None else LeastRecentlyUsed()
         self._clock = clock
-        self._blocks: dict[bytes, _Block] = {}  # reserved and committed
-        # Blocks per parent, reserved ones included. The parent may be on another node, or not here yet.
-        self._children: dict[bytes, int] = {}  # no entry for none
-        self._reservations: dict[int, _Holding] = {}
-        self._leases: dict[int, _Holding] = {}
+        self._table = BlockTable(slab.max_slots)
+        # Rows by key. Only what is committed can be found by a reader.
+        self._committed: dict[bytes, int] = {}
+        self._reserved: dict[bytes, int] = {}
+        self._quarantined: set[int] = set()  # rows of blocks that were dropped, but are leased
+        # How many blocks continue a block that is not here: it is on another node, or not here yet.
+        self._absent: dict[bytes, int] = {}
+        self._reservations: dict[int, _Writing] = {}
+        self._leases: dict[int, _Reading] = {}
         self._numbers = itertools.count(1)
         self._generations = itertools.count(1)
         self._tick = 0
-        self._committed = self._quarantined = 0
         self._hits = self._misses = self._commits = self._late_commits = 0
         self._evictions = self._corrupt = self._expired_leases = self._expired_reservations = 0
         self._warned_too_long = False
@@ -131,33 +130,30 @@ class Index:
         """
         addresses = [0] * len(keys)
         states = bytearray(len(keys))
-        reserved: list[_Block] = []
+        reserved: list[int] = []
         reason = None if self._slab.fits(length) else self._too_long(length)
         if not self._slab.has_room(length):
             self.expire()
-        tick = self._advance(len(keys))
+        # Before any eviction: a policy that has looked at the leaves relies on later uses having later ticks.
+        self._table.use(self._rows(keys), self._advance(len(keys)))
         with closing(self._policy.suggestions(self)) as suggestions:
             victims = itertools.islice(suggestions, _MAX_SUGGESTIONS)
             for position, (key, parent) in enumerate(zip(keys, parents, strict=True)):
-                block = self._blocks.get(key)
-                if block is not None:
-                    block.last_use = tick - position
-                    states[position] = KeyState.PRESENT if block.state is _State.COMMITTED else KeyState.BUSY
-                    continue
-                address = self._allocate(parent, length, victims) if reason is None else None
-                if address is None:
+                if key in self._committed:
+                    states[position] = KeyState.PRESENT
+                elif key in self._reserved:
+                    states[position] = KeyState.BUSY
+                elif reason is None and (row := self._add(key, parent, length, victims)):
+                    reserved.append(row)
+                    addresses[position] = self._table.addresses[row]
+                else:
                     reason = reason or "no_room"
                     self.refused[reason] += 1
                     states[position] = KeyState.NO_ROOM
-                    continue
-                block = _Block(key, parent, address, length, next(self._generations))
-                self._blocks[key] = block
-                reserved.append(block)
-                addresses[position] = address
         if not reserved:
             return Reservation(0, addresses, bytes(states))
         number = next(self._numbers)
-        self._reservations[number] = _Holding(owner, self._clock() + RESERVATION_S, reserved)
+        self._reservations[number] = _Writing(owner, self._clock() + RESERVATION_S, reserved)
         return Reservation(number, addresses, bytes(states))
 
     def commit(self, owner: int, number: int, mask: bytes, checksums: Sequence[int]) -> int:
@@ -170,49 +166,49 @@ class Index:
         if reservation is None or reservation.owner != owner:
             self._late_commits += len(mask) - mask.count(0)
             return 0
-        if not len(mask) == len(checksums) == len(reservation.blocks):
-            raise ValueError(f"{len(mask)} entries commit {len(reservation.blocks)} reserved blocks")
+        if not len(mask) == len(checksums) == len(reservation.rows):
+            raise ValueError(f"{len(mask)} entries commit {len(reservation.rows)} reserved blocks")
         del self._reservations[number]
+        table = self._table
         tick = self._advance(len(mask))
         count = 0
-        for position, block in enumerate(reservation.blocks):
+        for position, row in enumerate(reservation.rows):
             if not mask[position]:
-                self._abort(block)
+                self._abort(row)
                 continue
-            block.state = _State.COMMITTED
-            block.checksum = checksums[position]
-            block.last_use = tick - position
+            key = table.keys[row]
+            del self._reserved[key]
+            self._committed[key] = row
+            table.checksums[row] = checksums[position]
+            table.last_uses[row] = tick - position
             count += 1
-            if block.key not in self._children:
-                self._policy.add_leaf(block.key, block.last_use)
-        self._committed += count
+            if not table.children[row]:
+                self._policy.add_leaf(row, tick - position)
         self._commits += count
         return count
 
     def locate(self, owner: int, keys: Sequence[bytes], lease_s: float) -> Lease:
         """Find committed blocks and keep their slots for ``lease_s`` seconds (MAX_LEASE_S at most)."""
-        blocks, committed = self._blocks, _State.COMMITTED
-        tick = self._advance(len(keys))
-        found: list[_Block] = []
-        addresses, lengths, checksums, generations = ([0] * len(keys) for _ in range(4))
-        for position, key in enumerate(keys):
-            block = blocks.get(key)
-            if block is None or block.state is not committed:
-                continue
-            block.leases += 1
-            block.last_use = tick - position  # heads fresher than tails
-            addresses[position] = block.address
-            lengths[position] = block.length
-            checksums[position] = block.checksum
-            generations[position] = block.generation
-            found.append(block)
-        self._hits += len(found)
-        self._misses += len(keys) - len(found)
-        if not found:
-            return Lease(0, addresses, lengths, checksums, generations)
-        number = next(self._numbers)
-        self._leases[number] = _Holding(owner, self._clock() + min(lease_s, MAX_LEASE_S), found)
-        return Lease(number, addresses, lengths, checksums, generations)
+        table = self._table
+        rows = self._rows(keys)
+        table.use(rows, self._advance(len(keys)))  # heads fresher than tails
+        found = rows[rows > 0]
+        self._hits += found.size
+        self._misses += rows.size - found.size
+        number = 0
+        if found.size:
+            number = next(self._numbers)
+            table.lease(found)
+            self._leases[number] = _Reading(owner, self._lease_deadline(lease_s), found)
+        return Lease(number, *table.places(rows))
+
+    def renew(self, owner: int, number: int, lease_s: float) -> bool:
+        """Let a lease end ``lease_s`` seconds from now (MAX_LEASE_S at most); False if it is over already."""
+        lease = self._leases.get(number)
+        if lease is None or lease.owner != owner or lease.deadline <= self._clock():
+            return False
+        self._leases[number] = lease._replace(deadline=self._lease_deadline(lease_s))
+        return True
 
     def release(self, owner: int, number: int) -> None:
         """End a lease; harmless if it has expired."""
@@ -223,21 +219,25 @@ class Index:
     def report_corrupt(self, keys: Sequence[bytes], generations: Sequence[int]) -> None:
         """Drop blocks that are still of that generation; a slot is reused once no lease is on it."""
         for key, generation in zip(keys, generations, strict=True):
-            block = self._blocks.get(key)
-            if block is None or block.state is not _State.COMMITTED or block.generation != generation:
+            row = self._committed.get(key, 0)
+            if not row or self._table.generations[row] != generation:
                 continue
             self._corrupt += 1
-            self._forget(block)
-            if block.leases:
-                block.state = _State.DROPPED
-                self._quarantined += 1
+            self._forget(row)
+            if self._table.leases[row]:
+                self._quarantined.add(row)
             else:
-                self._slab.free(block.address)
+                self._free(row)
 
     def peek(self, keys: Sequence[bytes]) -> bytes:
         """One byte per key: 1 for a committed block. Neither touches nor leases."""
-        blocks, committed = self._blocks, _State.COMMITTED
-        return bytes((block := blocks.get(key)) is not None and block.state is committed for key in keys)
+        return bytes(map(self._committed.__contains__, keys))
+
+    def describe(self, keys: Sequence[bytes]) -> Description:
+        """What committed blocks continue and how long they are. Neither touches nor leases."""
+        rows = self._rows(keys)
+        parents = [self._table.parents[row] for row in rows.tolist()]
+        return Description(parents, self._table.places(rows).lengths)
 
     def expire(self) -> None:
         """End the leases and reservations whose time is over."""
@@ -247,25 +247,26 @@ class Index:
             self._end_lease(number)
         for number in [number for number, held in self._reservations.items() if held.deadline <= now]:
             self._expired_reservations += 1
-            for block in self._reservations.pop(number).blocks:
-                self._abort(block)
+            for row in self._reservations.pop(number).rows:
+                self._abort(row)
 
-    def leaf_last_use(self, key: bytes) -> int | None:
+    def leaf_last_use(self, row: int) -> int:
         """See ``Leaves``."""
-        block = self._blocks.get(key)
-        if block is None or block.state is not _State.COMMITTED or key in self._children:
-            return None
-        return block.last_use
+        return 0 if self._table.children[row] else self._table.last_uses[row]
+
+    def oldest_leaves(self, after: int, count: int) -> list[tuple[int, int]]:
+        """See ``Leaves``."""
+        return self._table.oldest_leaves(after, count)
 
     def statistics(self) -> IndexStatistics:
         """Sizes now and counters since the start."""
         return IndexStatistics(
             capacity_bytes=self._slab.capacity_bytes,
             used_bytes=self._slab.used_bytes,
-            blocks=self._committed,
+            blocks=len(self._committed),
             reservations=len(self._reservations),
             leases=len(self._leases),
-            quarantined_blocks=self._quarantined,
+            quarantined_blocks=len(self._quarantined),
             hits_total=self._hits,
             misses_total=self._misses,
             commits_total=self._commits,
@@ -277,25 +278,40 @@ class Index:
         )
 
     def check_integrity(self) -> None:
-        """PolarError if blocks, holdings, children and slab do not agree. For tests: takes O(n)."""
-        leases = Counter(block for lease in self._leases.values() for block in lease.blocks)
-        quarantined = [block for block in leases if self._blocks.get(block.key) is not block]
-        reserved = {block.key for held in self._reservations.values() for block in held.blocks}
-        held_blocks = [*self._blocks.values(), *quarantined]
-        for key, block in self._blocks.items():
-            _require(block.key == key and block.state is not _State.DROPPED, "a block is misplaced")
-            _require((block.state is _State.RESERVED) == (key in reserved), "a reservation is lost")
-        _require(all(block.state is _State.DROPPED for block in quarantined), "a leased block is lost")
-        _require(all(block.leases == leases[block] for block in held_blocks), "leases are miscounted")
-        children = Counter(b.parent for b in self._blocks.values() if b.parent != NO_PARENT)
-        _require(children == self._children, "children are miscounted")
-        committed = sum(block.state is _State.COMMITTED for block in self._blocks.values())
-        _require(committed == self._committed, "committed blocks are miscounted")
-        _require(len(quarantined) == self._quarantined, "quarantined blocks are miscounted")
-        with closing(self._policy.suggestions(self)) as suggestions:
-            leaves = {key for key in self._blocks if self.leaf_last_use(key) is not None}
+        """PolarError if blocks, holdings, children, policy and slab do not agree. For tests: takes O(n)."""
+        table = self._table
+        committed, quarantined = self._committed.values(), self._quarantined
+        reserved = [row for held in self._reservations.values() for row in held.rows]
+        in_use = [*committed, *reserved, *quarantined]
+        table.check_integrity(in_use)
+        rows = self._committed | self._reserved
+        _require(all(table.keys[row] == key for key, row in rows.items()), "a block has another's row")
+        _require(sorted(reserved) == sorted(self._reserved.values()), "a reservation is lost")
+        _require(all(table.last_uses[row] for row in committed), "a committed block was never used")
+        _require(
+            not any(table.last_uses[row] for row in [*reserved, *quarantined]), "a hidden block can be read"
+        )
+        generations = {table.generations[row] for row in in_use}
+        _require(len(generations) == len(in_use) and 0 not in generations, "two blocks share a generation")
+        leases = Counter(row for lease in self._leases.values() for row in lease.rows.tolist())
+        _require(all(table.leases[row] == leases[row] for row in in_use), "leases are miscounted")
+        _require(leases.keys() <= {*committed, *quarantined}, "a leased block is lost")
+        _require(all(leases[row] for row in quarantined), "a dropped block keeps its slot")
+        children = Counter(table.parents[row] for row in rows.values())
+        del children[NO_PARENT]
+        here = {key: table.children[row] for key, row in rows.items() if table.children[row]}
+        _require(children == here | self._absent, "children are miscounted")
+        _require(not self._absent.keys() & rows.keys(), "a block is here and absent")
+        _require(not any(table.children[row] for row in quarantined), "a dropped block is continued")
+        leaves = {row for row in committed if self.leaf_last_use(row)}
+        # A copy, so that the check brings nothing in order that was not.
+        with closing(copy.deepcopy(self._policy).suggestions(self)) as suggestions:
             _require(set(suggestions) == leaves, "the policy does not know every leaf")
-        self._slab.check_integrity((block.address, block.length) for block in held_blocks)
+        self._slab.check_integrity((table.addresses[row], table.lengths[row]) for row in in_use)
+
+    def _rows(self, keys: Sequence[bytes]) -> Rows:
+        """The row of each committed block, 0 for a miss."""
+        return np.fromiter(map(self._committed.get, keys, itertools.repeat(0)), np.intp, len(keys))
 
     def _advance(self, ticks: int) -> int:
         self._tick += ticks
@@ -311,58 +327,89 @@ class Index:
             )
         return "too_long"
 
-    def _allocate(self, parent: bytes, length: int, victims: Iterator[bytes]) -> int | None:
-        """A slot for a block that continues ``parent``, which is not evicted for it; None: no room."""
-        if parent != NO_PARENT:
-            self._children[parent] = self._children.get(parent, 0) + 1
+    def _lease_deadline(self, lease_s: float) -> float:
+        return self._clock() + min(lease_s, MAX_LEASE_S)
+
+    def _add(self, key: bytes, parent: bytes, length: int, victims: Iterator[int]) -> int:
+        """The row of a newly reserved block; evicts, but not the parent. 0: no room."""
+        self._join(parent)
         address = self._slab.allocate(length)
         while address is None and (victim := next(victims, None)) is not None:
             if self._evict(victim):
                 address = self._slab.allocate(length)
         if address is None:
             self._leave(parent)
-        return address
+            return 0
+        row = self._table.add(key, parent, address, length, next(self._generations))
+        self._table.children[row] = self._absent.pop(key, 0)
+        self._reserved[key] = row
+        return row
 
-    def _evict(self, key: bytes) -> bool:
+    def _evict(self, row: int) -> bool:
         """Evict a block, unless it is being written, read or continued."""
-        block = self._blocks.get(key)
-        if block is None or block.state is not _State.COMMITTED or block.leases or key in self._children:
+        if not self.leaf_last_use(row) or self._table.leases[row]:
             return False
-        self._forget(block)
-        self._slab.free(block.address)
+        self._forget(row)
+        self._free(row)
         self._evictions += 1
         return True
 
-    def _forget(self, block: _Block) -> None:
-        """Take a committed block out of the index; its slot is the caller's to free."""
-        del self._blocks[block.key]
-        self._committed -= 1
-        self._leave(block.parent)
+    def _forget(self, row: int) -> None:
+        """Let nobody find a committed block any more; its slot is the caller's to free."""
+        del self._committed[self._table.keys[row]]
+        self._table.last_uses[row] = 0
+        self._unlink(row)
 
-    def _abort(self, block: _Block) -> None:
+    def _abort(self, row: int) -> None:
         """Undo the reservation of one block."""
-        del self._blocks[block.key]
-        self._leave(block.parent)
-        self._slab.free(block.address)
+        del self._reserved[self._table.keys[row]]
+        self._unlink(row)
+        self._free(row)
+
+    def _free(self, row: int) -> None:
+        """Give the slot and the row of an unlinked block to others."""
+        self._slab.free(self._table.addresses[row])
+        self._table.discard(row)
+
+    def _unlink(self, row: int) -> None:
+        """Take a block from between its parent and its children."""
+        table = self._table
+        if table.children[row]:
+            self._absent[table.keys[row]] = table.children[row]
+            table.children[row] = 0
+        self._leave(table.parents[row])
+
+    def _join(self, parent: bytes) -> None:
+        """A block will continue ``parent``."""
+        if parent == NO_PARENT:
+            return
+        if row := self._committed.get(parent, 0) or self._reserved.get(parent, 0):
+            self._table.children[row] += 1
+        else:
+            self._absent[parent] = self._absent.get(parent, 0) + 1
 
     def _leave(self, parent: bytes) -> None:
         """A block that continued ``parent`` is gone."""
         if parent == NO_PARENT:
             return
-        count = self._children.pop(parent)
-        if count > 1:
-            self._children[parent] = count - 1
+        if row := self._committed.get(parent, 0) or self._reserved.get(parent, 0):
+            self._table.children[row] -= 1
+            last_use = self.leaf_last_use(row)
+            if last_use:
+                self._policy.add_leaf(row, last_use)
             return
-        last_use = self.leaf_last_use(parent)
-        if last_use is not None:
-            self._policy.add_leaf(parent, last_use)
+        count = self._absent.pop(parent)
+        if count > 1:
+            self._absent[parent] = count - 1
 
     def _end_lease(self, number: int) -> None:
-        for block in self._leases.pop(number).blocks:
-            block.leases -= 1
-            if block.state is _State.DROPPED and not block.leases:
-                self._quarantined -= 1
-                self._slab.free(block.address)
+        rows = self._leases.pop(number).rows
+        self._table.release(rows)
+        if self._quarantined:
+            for row in self._quarantined.intersection(rows.tolist()):
+                if not self._table.leases[row]:
+                    self._quarantined.remove(row)
+                    self._free(row)
 
 
 def _require(condition: bool, text: str) -> None:

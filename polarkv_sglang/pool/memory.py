@@ -1,28 +1,17 @@
-"""The rank's own memory that the pool reads and writes: registered regions and checksums over them."""
+"""The rank's own memory that the pool reads and writes."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from polarkv_sglang.errors import TransportError
-from polarkv_sglang.pool.blocks import Pieces
 from polarkv_sglang.transport import Context, RegisteredMemory
 
 _HUGE_PAGE_BYTES = 2 << 20
-
-
-class Region(NamedTuple):
-    """Registered memory and a view of its bytes."""
-
-    memory: RegisteredMemory
-    view: memoryview
 
 
 class LocalMemory:
@@ -35,25 +24,23 @@ class LocalMemory:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._regions: tuple[Region, ...] = ()
+        self._regions: tuple[RegisteredMemory, ...] = ()
         self._starts = np.empty(0, np.uint64)
 
     @property
     def memories(self) -> tuple[RegisteredMemory, ...]:
         """In the order that ``locate`` counts them."""
-        return tuple(region.memory for region in self._regions)
+        return self._regions
 
     def register(self, address: int, length: int) -> None:
         """Register ``length`` bytes at ``address``; TransportError if UCX or the memlock limit refuses."""
-        for region in self._regions:
-            known = region.memory
+        for known in self._regions:
             if known.address <= address and address + length <= known.address + known.length:
                 return
         _advise_huge_pages(address, length)
         memory = self._context.register(address, length)
-        view = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
-        regions = sorted((*self._regions, Region(memory, view)), key=lambda item: item.memory.address)
-        self._starts = np.array([region.memory.address for region in regions], np.uint64)
+        regions = sorted((*self._regions, memory), key=lambda item: item.address)
+        self._starts = np.array([region.address for region in regions], np.uint64)
         self._regions = tuple(regions)
 
     def locate(self, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
@@ -63,29 +50,14 @@ class LocalMemory:
             raise TransportError("KV lies in memory that was not registered with the pool")
         return found
 
-    def checksums(self, pieces: Pieces, blocks: Iterable[int]) -> list[int]:
-        """xxh3-64 of the given blocks, each piece seeded with the checksum of the one before it.
-
-        One-shot xxh3 keeps the GIL, and that is wanted: giving it up and taking it back for every
-        block would cost a switch interval (5 ms) each beside a busy scheduler, hashing costs microseconds.
-        """
-        regions = self.locate(pieces.addresses)
-        length = pieces.piece_bytes
-        digest = xxhash.xxh3_64_intdigest
-        sums = []
-        for block in blocks:
-            total = 0
-            for address, index in zip(pieces.addresses[block].tolist(), regions[block].tolist()):
-                region = self._regions[index]
-                start = address - region.memory.address
-                total = digest(region.view[start : start + length], seed=total)
-            sums.append(total)
-        return sums
+    def rkeys(self) -> list[bytes]:
+        """Keys by which a memory node may put into each region, in the order that ``locate`` counts them."""
+        return [region.packed_rkey() for region in self._regions]
 
     def close(self) -> None:
         """Unregister all; no transfer may be under way."""
         for region in self._regions:
-            region.memory.close()
+            region.close()
         self._regions = ()
 
 

@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -17,16 +18,24 @@ from dataclasses import dataclass
 
 from polarkv_sglang import __version__
 from polarkv_sglang.errors import ConfigError
+from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.nodes import is_loopback
+from polarkv_sglang.pool.push import Pushers
+from polarkv_sglang.pool.replication import Replicator
 from polarkv_sglang.pool.session import Service, Session
 from polarkv_sglang.pool.slab import Slab, SlabMemory, default_segment_bytes
-from polarkv_sglang.transport import Context, Worker, load_library
+from polarkv_sglang.transport import Context, Worker, load_library, share
 from polarkv_sglang.transport.messages import NODE_ID_BYTES, NodeStatistics, Welcome
 
 EXPIRY_INTERVAL_S = 1.0
 START_GRACE_S = 30.0  # an embedded node waits this long for its first lifeline
 LINGER_S = 2.0  # and this long after its last
+COPY_DEADLINE_S = 2.0  # for one batch of blocks that go to another node
 _BACKLOG = 512
+# While the kernel fills a step, mapping memory in this process waits, and page faults wait for that: with
+# 64 MiB puts took 30 ms until all was filled.
+_PREFAULT_STEP_BYTES = 2 << 20
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +49,9 @@ class NodeSettings:
     capacity_bytes: int
     segment_bytes: int | None = None  # None: by capacity
     token: str | None = None
-    prefault: bool = False  # back the slab by physical pages now, in the background
+    tls: ssl.SSLContext | None = None  # of the control plane
+    client_tls: ssl.SSLContext | None = None  # to other nodes, when blocks are copied there
+    prefault: bool = True  # back the slab by physical pages now, in the background
     ucx_tls: str | None = None
     ucx_library: str | None = None
     embedded: bool = False  # end with the last lifeline
@@ -50,18 +61,26 @@ class MemoryNode:
     """A running memory node; made by ``memory_node``. Used on the event loop's thread only."""
 
     def __init__(
-        self, settings: NodeSettings, libucp: str, slab: Slab, worker_address: bytes, rkey: bytes
+        self,
+        settings: NodeSettings,
+        *,
+        libucp: str,
+        pages: str,
+        welcome: Welcome,
+        index: Index,
+        pushers: Pushers,
     ) -> None:
         self.host, self.port = settings.host, settings.port
-        self.node_id = os.urandom(NODE_ID_BYTES)
+        self.node_id = welcome.node_id
         self.libucp = libucp  # version and where it was found
-        self.capacity_bytes = slab.capacity_bytes
+        self.pages = pages  # what backs the slab
+        self.capacity_bytes = welcome.capacity_bytes
         self.service = Service(
-            index=Index(slab),
+            index=index,
+            pushers=pushers,
             token=settings.token,
-            welcome=Welcome(
-                self.node_id, worker_address, rkey, slab.base_address, slab.capacity_bytes, slab.segment_bytes
-            ),
+            tls=settings.tls,
+            welcome=welcome,
             statistics=self.statistics,
             lifelines_changed=self._lifelines_changed,
         )
@@ -89,15 +108,22 @@ class MemoryNode:
     def statistics(self, request_id: int = 0) -> NodeStatistics:
         """The node at this moment."""
         service = self.service
+        views, views_left_out = service.views()
         return NodeStatistics(
             request_id=request_id,
             node_id=self.node_id,
             version=__version__,
             libucp=self.libucp,
+            pages=self.pages,
             uptime_s=time.monotonic() - self._started,
             connections=len(service.sessions),
             bad_frames_total=service.bad_frames,
             refused_total=dict(service.refused + service.index.refused),
+            sent_blocks_total=service.pushers.sent_blocks,
+            sent_bytes_total=service.pushers.sent_bytes,
+            failed_sends_total=service.pushers.failed_blocks,
+            views=views,
+            views_left_out=views_left_out,
             **service.index.statistics()._asdict(),
         )
 
@@ -130,13 +156,28 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
         stack.callback(memory.close)
         slab = Slab(memory.base_address, memory.capacity_bytes, segment_bytes)
         library = load_library(settings.ucx_library)
-        context = Context(library, tls=settings.ucx_tls)
+        context = Context(library, tls=settings.ucx_tls, loopback=is_loopback(settings.host))
         stack.callback(context.close)
         registered = context.register(memory.base_address, memory.capacity_bytes)
         worker = Worker(context)
+        welcome = Welcome(
+            node_id=os.urandom(NODE_ID_BYTES),
+            worker_address=worker.address,
+            rkey=registered.packed_rkey(),
+            base_address=slab.base_address,
+            capacity_bytes=slab.capacity_bytes,
+            segment_bytes=slab.segment_bytes,
+            shared=share(memory.fd, memory.capacity_bytes) if context.shares_memory else None,
+        )
+        index = Index(slab)
+        pushers = Pushers(index, context, registered)
+        stack.push_async_callback(pushers.close)
         libucp = f"{'.'.join(map(str, library.version))} ({library.source})"
-        node = MemoryNode(settings, libucp, slab, worker.address, registered.packed_rkey())
+        node = MemoryNode(
+            settings, libucp=libucp, pages=memory.pages, welcome=welcome, index=index, pushers=pushers
+        )
         await stack.enter_async_context(_serving_ucx(worker, node))
+        await stack.enter_async_context(_replicating(node.service, memory, settings))
         if settings.prefault:
             await stack.enter_async_context(_prefaulting(memory))
         await stack.enter_async_context(_expiring(node.service.index))
@@ -165,7 +206,7 @@ async def _prefaulting(memory: SlabMemory) -> AsyncIterator[None]:
 
     def prefault() -> None:
         try:
-            memory.prefault(stop)
+            memory.prefault(stop, _PREFAULT_STEP_BYTES)
         except OSError as error:
             _logger.warning("prefault ended early, first writes will be slow: %s", error)
 
@@ -175,6 +216,29 @@ async def _prefaulting(memory: SlabMemory) -> AsyncIterator[None]:
     finally:
         stop.set()
         await done
+
+
+@asynccontextmanager
+async def _replicating(service: Service, memory: SlabMemory, settings: NodeSettings) -> AsyncIterator[None]:
+    def connect(address: str) -> PoolClient:
+        return PoolClient(
+            [address],
+            token=settings.token,
+            tls=settings.client_tls,
+            deadline_s=COPY_DEADLINE_S,
+            client="copies of a memory node",
+            ucx_library=settings.ucx_library,
+            ucx_tls=settings.ucx_tls,
+        )
+
+    replicator = Replicator(service.index, memory, connect)
+    service.replicate = replicator.submit
+    task = asyncio.create_task(replicator.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @asynccontextmanager
@@ -201,9 +265,11 @@ async def _listening(node: MemoryNode) -> AsyncIterator[None]:
         raise ConfigError(f"cannot listen on {node.address}: {error.strerror}") from error
     bound = server.sockets[0].getsockname()
     node.port = bound[1]
-    if node.service.token is None and not ipaddress.ip_address(bound[0]).is_loopback:
+    secured = node.service.token is not None or node.service.tls is not None
+    if not secured and not ipaddress.ip_address(bound[0]).is_loopback:
         _logger.warning(
-            "whoever reaches %s can use this pool; set POLARKV_TOKEN to ask for a token", node.address
+            "whoever reaches %s can use this pool; set POLARKV_TOKEN to ask for a token, or use TLS",
+            node.address,
         )
     try:
         yield

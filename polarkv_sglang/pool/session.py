@@ -8,11 +8,16 @@ import itertools
 import logging
 import os
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
+
+import msgspec
 
 from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.push import Pusher, Pushers
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_FRAME_BYTES,
@@ -28,6 +33,8 @@ from polarkv_sglang.transport.messages import (
     Challenge,
     Commit,
     Committed,
+    Fetch,
+    Fetched,
     FromClient,
     Hello,
     Locate,
@@ -39,18 +46,24 @@ from polarkv_sglang.transport.messages import (
     Proof,
     Refused,
     Release,
+    Renew,
+    Renewed,
+    Replicate,
     ReportCorrupt,
     Reserve,
     Reserved,
     Role,
     Statistics,
+    View,
     Welcome,
     pack_u64,
     split_keys,
     unpack_u64,
 )
+from polarkv_sglang.transport.tls import TlsStream, starts_tls
 
 HANDSHAKE_S = 10.0  # a connection that has not authenticated by then is closed
+MAX_VIEWS_BYTES = 1 << 20  # of what all ranks tell, so that statistics stay below MAX_FRAME_BYTES
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 
 _logger = logging.getLogger(__name__)
@@ -61,14 +74,28 @@ class Service:
     """What all sessions of a node share; used on the event loop's thread only."""
 
     index: Index
+    pushers: Pushers
     token: str | None
+    tls: ssl.SSLContext | None  # None: connections are in the clear
     welcome: Welcome  # as ranks get it
     statistics: Callable[[int], NodeStatistics]  # by request_id
     lifelines_changed: Callable[[int], None]  # called with how many are left
+    replicate: Callable[[list[bytes], str], None] | None = None  # keys and target; None: not done here
     sessions: set[Session] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)  # handshakes, by reason
     bad_frames: int = 0
     owners: Iterator[int] = field(default_factory=itertools.count)
+
+    def views(self) -> tuple[dict[str, dict[str, str]], int]:
+        """The views of connected ranks by their names, and how many are left out for being too much."""
+        views: dict[str, dict[str, str]] = {}
+        told = {session.name: session.view for session in self.sessions if session.view is not None}
+        room = MAX_VIEWS_BYTES
+        for name, view in sorted(told.items()):
+            room -= len(encode_frame(view))
+            if room >= 0:
+                views[name] = view.out
+        return views, len(told) - len(views)
 
     def report_lifelines(self) -> None:
         self.lifelines_changed(sum(session.role == "lifeline" for session in self.sessions))
@@ -81,15 +108,21 @@ class Session(asyncio.Protocol):
 
     def __init__(self, service: Service) -> None:
         self.role: Role | None = None  # set once authenticated
+        self.view: View | None = None  # the last that the rank told
         self._service = service
+        self._tls = TlsStream(service.tls) if service.tls is not None else None
         self._frames = FrameReader(MAX_HANDSHAKE_FRAME_BYTES)
+        self._refused = False  # has been told so, and is not listened to any more
         self._hello: Hello | None = None
         self._nonce = os.urandom(NONCE_BYTES)
         self._owner = next(service.owners)  # of leases and reservations
+        self._pusher: Pusher | None = None  # made by the first Fetch
+        self._fetch: asyncio.Task[Fetched] | None = None  # under way: nothing else is answered meanwhile
+        self._replies_unread = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop has transports of its own, which only behave like one.
+        self._transport = cast(asyncio.Transport, transport)
         peer: socket.socket = transport.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():
@@ -100,41 +133,94 @@ class Session(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._expiry.cancel()
         self._service.sessions.discard(self)
+        if self._pusher is not None:
+            self._pusher.close()
         if self.role == "lifeline":
             self._service.report_lifelines()
 
     def pause_writing(self) -> None:
         # Who does not read the replies gets to send no more requests.
-        self._transport.pause_reading()
+        self._replies_unread = True
+        self._read_or_pause()
 
     def resume_writing(self) -> None:
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._replies_unread = False
+        self._read_or_pause()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._tls is not None:
+            data = self._decrypt(self._tls, data)
         self._frames.feed(data)
+        self._take_frames()
+
+    def _take_frames(self) -> None:
         try:
-            while not self._transport.is_closing() and (frame := self._frames.next_frame()) is not None:
+            while (
+                self._fetch is None
+                and not self._refused
+                and not self._transport.is_closing()
+                and (frame := self._frames.next_frame()) is not None
+            ):
                 message = decode_from_client(frame)
                 if self.role is None:
                     self._authenticate(message)
                 else:
                     self._answer(message)
         except BadFrame as error:
-            self._service.bad_frames += 1
-            _logger.debug("closed the connection of %s: %s", self._name(), error)
-            self.abort()
+            if self._tls is None and self._hello is None and starts_tls(self._frames.head()):
+                self._refuse("tls", "it does not speak TLS")
+            else:
+                self._broke_protocol(error)
+
+    def _broke_protocol(self, error: Exception) -> None:
+        self._service.bad_frames += 1
+        _logger.debug("closed the connection of %s: %s", self.name, error)
+        self.abort()
+
+    def _read_or_pause(self) -> None:
+        if self._transport.is_closing():
+            return
+        if self._replies_unread or self._fetch is not None:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
 
     def abort(self) -> None:
         """Close at once; what was not sent yet is dropped."""
         self._transport.abort()
 
-    def _name(self) -> str:
+    @property
+    def name(self) -> str:
+        """The client's name for itself, and where it is."""
         peer = self._transport.get_extra_info("peername")
         return f"{self._hello.client if self._hello else 'unknown'} at {peer[0]}:{peer[1]}" if peer else "?"
 
     def _send(self, message: Message) -> None:
-        self._transport.write(encode_frame(message))
+        frame = encode_frame(message)
+        if self._tls is not None:
+            self._tls.send(frame)
+            self._transport.write(self._tls.outgoing())
+        else:
+            self._transport.write(frame)
+
+    def _decrypt(self, tls: TlsStream, data: bytes) -> bytes:
+        try:
+            data = tls.receive(data)
+            self._transport.write(tls.outgoing())
+            return data
+        except ssl.SSLError as error:
+            if tls.established:
+                self._broke_protocol(error)
+            elif starts_tls(tls.head):
+                self._count_refused("tls", str(error))
+                self._transport.write(tls.outgoing())  # the alert
+                self._hear_no_more()
+            else:
+                self._tls = None
+                self._refuse("tls", "it speaks TLS only; set POLARKV_TLS_CERT, _KEY and _CA")
+            return b""
 
     def _authenticate(self, message: FromClient) -> None:
         token = self._service.token
@@ -161,10 +247,19 @@ class Session(asyncio.Protocol):
 
     def _refuse(self, reason: str, text: str) -> None:
         """``text`` is written from the client's side, where it is read."""
-        self._service.refused[reason] += 1
-        _logger.info("refused %s: %s differs", self._name(), reason)
+        self._count_refused(reason, text)
         self._send(Refused(text))
-        self._transport.close()
+        self._hear_no_more()
+
+    def _count_refused(self, reason: str, text: str) -> None:
+        self._service.refused[reason] += 1
+        _logger.info("refused %s (%s): %s", self.name, reason, text)
+
+    def _hear_no_more(self) -> None:
+        # Closing while the client still sends would reset the connection, and take our last words with it:
+        # the client closes, or the time for the handshake ends.
+        self._refused = True
+        self._transport.write_eof()
 
     def _admit(self, role: Role) -> None:
         self._expiry.cancel()
@@ -172,9 +267,7 @@ class Session(asyncio.Protocol):
         self.role = role
         welcome = self._service.welcome
         if role != "rank":
-            welcome = Welcome(
-                welcome.node_id, b"", b"", welcome.base_address, welcome.capacity_bytes, welcome.segment_bytes
-            )
+            welcome = msgspec.structs.replace(welcome, worker_address=b"", rkey=b"", shared=None)
         self._send(welcome)
         if role == "lifeline":
             self._service.report_lifelines()
@@ -188,6 +281,9 @@ class Session(asyncio.Protocol):
                 lease = index.locate(owner, split_keys(request.keys), request.lease_s)
                 columns = (lease.addresses, lease.lengths, lease.checksums, lease.generations)
                 self._send(Located(request.request_id, lease.number, *map(pack_u64, columns)))
+            case Renew():
+                held = index.renew(owner, request.lease, request.lease_s)
+                self._send(Renewed(request.request_id, held))
             case Release():
                 index.release(owner, request.lease)
             case Peek():
@@ -206,7 +302,29 @@ class Session(asyncio.Protocol):
                 self._send(Committed(request.request_id, count))
             case ReportCorrupt():
                 index.report_corrupt(split_keys(request.keys), unpack_u64(request.generation_blob).tolist())
+            case Fetch():
+                if self._pusher is None:
+                    self._pusher = Pusher(self._service.pushers, owner)
+                self._fetch = asyncio.create_task(self._pusher.fetch(request))
+                self._fetch.add_done_callback(self._fetched)
+                self._read_or_pause()
+            case Replicate():
+                if self._service.replicate is not None:
+                    self._service.replicate(split_keys(request.keys), request.target)
+            case View():
+                self.view = request
             case Statistics():
                 self._send(self._service.statistics(request.request_id))
             case _:
                 raise BadFrame(f"{type(request).__name__} after authentication")
+
+    def _fetched(self, fetch: asyncio.Task[Fetched]) -> None:
+        self._fetch = None
+        if (error := fetch.exception()) is not None:
+            _logger.error("a fetch of %s failed", self.name, exc_info=error)
+            self.abort()
+        if self._transport.is_closing():
+            return
+        self._send(fetch.result())
+        self._take_frames()
+        self._read_or_pause()

@@ -1,4 +1,4 @@
-"""The memory that a node lends: one anonymous mapping, cut into segments, cut into slots of one size.
+"""The memory that a node lends: one shared mapping, cut into segments, cut into slots of one size.
 
 A segment serves one slot size until its last slot is free; then it may serve another. So blocks of
 different lengths share the memory without a compactor, which one-sided readers could not bear.
@@ -6,45 +6,52 @@ different lengths share the memory without a compactor, which one-sided readers 
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import mmap
 import threading
+from array import array
 from collections.abc import Iterable
 
 from polarkv_sglang.config import format_bytes
 from polarkv_sglang.errors import ConfigError, PolarError
+from polarkv_sglang.pool.pages import map_shared, memory_bytes, populate_huge
+from polarkv_sglang.transport import HUGE_PAGE_BYTES
 
 PAGE_BYTES = 4096  # slots start at and are multiples of this
-_HUGE_PAGE_BYTES = 2 << 20
 _DEFAULT_SEGMENT_BYTES = 64 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; mmap has no name for it
+_NONE = 0xFFFF_FFFF  # no slot
+_IN_USE = 0xFFFF_FFFE
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:
     """A sixteenth of the capacity in whole huge pages, at least one of them, at most 64 MiB."""
-    sixteenth = capacity_bytes // 16 // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-    return max(_HUGE_PAGE_BYTES, min(_DEFAULT_SEGMENT_BYTES, sixteenth))
+    sixteenth = capacity_bytes // 16 // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    return max(HUGE_PAGE_BYTES, min(_DEFAULT_SEGMENT_BYTES, sixteenth))
 
 
 class SlabMemory:
-    """Anonymous memory at a fixed address, to be registered with UCX. Not touched until it is used."""
+    """Memory at a fixed address, to be registered with UCX. Not touched until it is used.
+
+    It is a memfd, so that readers and writers on this host can map it too, by ``fd``. Sealed: nobody can
+    change its size, and so make those who have it mapped fail.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
-        """Raises ConfigError if the system does not grant that much address space."""
+        """Raises ConfigError if the system has or grants less than that."""
+        available_bytes = memory_bytes()
+        if capacity_bytes > available_bytes:
+            raise ConfigError(
+                f"capacity {format_bytes(capacity_bytes)} is more than the memory and swap of this host, "
+                f"{format_bytes(available_bytes)}; give less"
+            )
         try:
-            self._mapping = mmap.mmap(-1, capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError, ValueError) as error:
+            self._mapped = map_shared("polarkv-slab", capacity_bytes)
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"capacity {format_bytes(capacity_bytes)} cannot be mapped ({error}); give less"
             ) from error
-        self.capacity_bytes = capacity_bytes
-        self.base_address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
-        try:
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel without transparent huge pages
-                raise
+        self.fd = self._mapped.fd  # closed by ``close``
+        self.pages = self._mapped.pages
+        self.capacity_bytes = self._mapped.length  # less than was asked for by the part of a huge page
+        self.base_address = self._mapped.address
 
     def prefault(self, stop: threading.Event, step_bytes: int = _DEFAULT_SEGMENT_BYTES) -> None:
         """Back all of it by physical pages, or until ``stop`` is set; changes no content.
@@ -52,31 +59,31 @@ class SlabMemory:
         May run beside readers and writers. Raises OSError where the kernel cannot: ENOMEM, or EINVAL before
         Linux 5.14.
         """
-        libc = ctypes.CDLL(None, use_errno=True)  # unlike mmap.madvise, drops the GIL
         for start in range(0, self.capacity_bytes, step_bytes):
             if stop.is_set():
                 return
-            address = ctypes.c_void_p(self.base_address + start)
-            length = ctypes.c_size_t(min(step_bytes, self.capacity_bytes - start))
-            if libc.madvise(address, length, _MADV_POPULATE_WRITE) != 0:
-                raise OSError(ctypes.get_errno(), "MADV_POPULATE_WRITE failed")
+            populate_huge(self.base_address + start, min(step_bytes, self.capacity_bytes - start))
 
     def close(self) -> None:
-        """Give the memory back; nothing may read or write it any more."""
-        self._mapping.close()
+        """Give the memory back; nothing here may read or write it any more. Other mappings of it live on."""
+        self._mapped.close()
 
 
 class _Segment:
-    """A stretch of the slab; ``taken`` are the addresses of its slots in use."""
+    """A stretch of the slab.
 
-    __slots__ = ("address", "fresh", "recycled", "slot_bytes", "taken")
+    ``links`` has an entry for each slot that was used since the segment was assigned: _IN_USE, or the number
+    of the next free slot, with ``first_free`` the start of that list and _NONE its end.
+    """
+
+    __slots__ = ("address", "first_free", "in_use", "links", "slot_bytes")
 
     def __init__(self, address: int) -> None:
         self.address = address
         self.slot_bytes = 0  # 0: unassigned
-        self.fresh = address  # slots from here on were never used
-        self.recycled: list[int] = []
-        self.taken: set[int] = set()
+        self.in_use = 0  # slots
+        self.links = array("I")
+        self.first_free = _NONE
 
 
 class Slab:
@@ -101,6 +108,11 @@ class Slab:
         # Segments with slots in use and free ones, by slot size; the keys of a dict are an ordered set.
         self._partial: dict[int, dict[_Segment, None]] = {}
 
+    @property
+    def max_slots(self) -> int:
+        """There are never more slots than this."""
+        return self.capacity_bytes // PAGE_BYTES
+
     def fits(self, length: int) -> bool:
         """Whether a block of this length could ever be stored."""
         return _slot_bytes(length) <= self.segment_bytes
@@ -120,30 +132,36 @@ class Slab:
             segment.slot_bytes = slot_bytes
             partial = self._partial[slot_bytes] = {segment: None}
         segment = next(reversed(partial))
-        if segment.recycled:
-            address = segment.recycled.pop()
+        slot = segment.first_free
+        if slot == _NONE:
+            slot = len(segment.links)
+            segment.links.append(_IN_USE)
         else:
-            address = segment.fresh
-            segment.fresh += slot_bytes
-        segment.taken.add(address)
+            segment.first_free = segment.links[slot]
+            segment.links[slot] = _IN_USE
+        segment.in_use += 1
         self.used_bytes += slot_bytes
-        if not segment.recycled and segment.fresh + slot_bytes > segment.address + self.segment_bytes:
+        if segment.in_use == self.segment_bytes // slot_bytes:
             self._unlist(segment)
-        return address
+        return segment.address + slot * slot_bytes
 
     def free(self, address: int) -> None:
         """Take a slot back; KeyError if it is not in use."""
         segment = self._segments[(address - self.base_address) // self.segment_bytes]
-        segment.taken.remove(address)
+        slot, inside = divmod(address - segment.address, segment.slot_bytes or self.segment_bytes)
+        if inside or slot >= len(segment.links) or segment.links[slot] != _IN_USE:
+            raise KeyError(address)
+        segment.in_use -= 1
         self.used_bytes -= segment.slot_bytes
-        if segment.taken:
-            segment.recycled.append(address)
+        if segment.in_use:
+            segment.links[slot] = segment.first_free
+            segment.first_free = slot
             self._partial.setdefault(segment.slot_bytes, {})[segment] = None
         else:
             self._unlist(segment)
             segment.slot_bytes = 0
-            segment.fresh = segment.address
-            segment.recycled.clear()
+            segment.links = array("I")
+            segment.first_free = _NONE
             self._unassigned.append(segment)
 
     def _unlist(self, segment: _Segment) -> None:
@@ -156,9 +174,14 @@ class Slab:
     def check_integrity(self, in_use: Iterable[tuple[int, int]]) -> None:
         """PolarError unless exactly these slots, (address, length) of each, are in use, and disjoint."""
         expected = sorted(in_use)
+        taken = [
+            segment.address + slot * segment.slot_bytes
+            for segment in self._segments
+            for slot, link in enumerate(segment.links)
+            if link == _IN_USE
+        ]
         _require(
-            [address for address, _ in expected] == sorted(a for s in self._segments for a in s.taken),
-            "the slots in use are not those of the blocks",
+            [address for address, _ in expected] == taken, "the slots in use are not those of the blocks"
         )
         end = 0
         for address, length in expected:
@@ -167,13 +190,24 @@ class Slab:
             _require(segment.slot_bytes == _slot_bytes(length), "a block lies in a slot of another size")
             end = address + segment.slot_bytes
             _require(end <= segment.address + self.segment_bytes, "a block reaches beyond its segment")
-        used_bytes = sum(segment.slot_bytes * len(segment.taken) for segment in self._segments)
+        used_bytes = sum(segment.slot_bytes * segment.in_use for segment in self._segments)
         _require(self.used_bytes == used_bytes <= self.capacity_bytes, "used_bytes is wrong")
         for segment in self._segments:
             slots = self.segment_bytes // segment.slot_bytes if segment.slot_bytes else 0
             listed = segment in self._partial.get(segment.slot_bytes, {})
-            _require(listed == (0 < len(segment.taken) < slots), "a segment is listed wrongly")
-            _require((segment in self._unassigned) == (not segment.taken), "an empty segment is lost")
+            _require(listed == (0 < segment.in_use < slots), "a segment is listed wrongly")
+            _require((segment in self._unassigned) == (not segment.in_use), "an empty segment is lost")
+            free = set()
+            slot = segment.first_free
+            while slot != _NONE and slot not in free:
+                free.add(slot)
+                slot = segment.links[slot]
+            _require(slot == _NONE, "a free slot is listed twice")
+            _require(
+                free == {slot for slot, link in enumerate(segment.links) if link != _IN_USE},
+                "a free slot is lost",
+            )
+            _require(segment.in_use + len(free) == len(segment.links), "slots in use are miscounted")
 
 
 def _slot_bytes(length: int) -> int:

@@ -1,29 +1,46 @@
-"""UCX: one-sided reads and writes between registered memories, in batches with deadlines."""
+"""One-sided reads and writes between registered or shared memories, in batches with deadlines."""
 
 from __future__ import annotations
 
 from polarkv_sglang.transport.context import Context, RegisteredMemory
+from polarkv_sglang.transport.endpoint import Endpoint, RemoteKey
 from polarkv_sglang.transport.library import Library, load_library
+from polarkv_sglang.transport.shared import (
+    HUGE_PAGE_BYTES,
+    AlignedMapping,
+    Mapped,
+    SharedHandle,
+    attach,
+    share,
+)
 from polarkv_sglang.transport.worker import (
     DRAIN_S,
-    OPERATION,
     Direction,
-    Endpoint,
-    RemoteKey,
+    Route,
+    Transferred,
     Worker,
     WorkerStatistics,
+    checksums,
 )
 
 __all__ = [
     "DRAIN_S",
-    "OPERATION",
+    "HUGE_PAGE_BYTES",
+    "AlignedMapping",
     "Context",
     "Direction",
     "Endpoint",
     "Library",
+    "Mapped",
     "RegisteredMemory",
     "RemoteKey",
+    "Route",
+    "SharedHandle",
+    "Transferred",
     "Worker",
     "WorkerStatistics",
+    "attach",
+    "checksums",
     "load_library",
+    "share",
 ]

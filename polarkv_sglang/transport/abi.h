@@ -1,5 +1,6 @@
-/* Declarations that batch.c and, through cffi, library.py share: one text, so that both agree on layouts.
- * No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h> and <stddef.h>. */
+/* Declarations that the C helper and, through cffi, library.py share: one text, so that both agree on
+ * layouts. No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h> and
+ * <stddef.h>. */
 
 /* ---- The part of the UCX API that we use. Its structs grow only at the end, under a field mask: this holds
  *      for libucp 1.13 to 1.23. */
@@ -100,6 +101,31 @@ typedef struct {
     ucp_mem_h memh;
 } ucp_request_param_t;
 
+typedef struct {
+    void *buffer;
+    size_t length;
+} ucp_dt_iov_t;
+
+typedef struct {
+    const char *transport_name;
+    const char *device_name;
+} ucp_transport_entry_t;
+
+typedef struct {
+    ucp_transport_entry_t *entries;
+    unsigned num_entries;
+    size_t entry_size;
+} ucp_transports_t;
+
+typedef struct {
+    uint64_t field_mask;
+    char name[32];
+    uint64_t local_sockaddr[16]; /* struct sockaddr_storage */
+    uint64_t remote_sockaddr[16];
+    ucp_transports_t transports;
+    void *user_data;
+} ucp_ep_attr_t;
+
 void ucp_get_version(unsigned *major, unsigned *minor, unsigned *release);
 const char *ucs_status_string(ucs_status_t status);
 ucs_status_t ucp_config_read(const char *env_prefix, const char *filename, ucp_config_t *config);
@@ -121,6 +147,7 @@ unsigned ucp_worker_progress(ucp_worker_h worker);
 ucs_status_t ucp_worker_get_efd(ucp_worker_h worker, int *fd);
 ucs_status_t ucp_worker_arm(ucp_worker_h worker);
 ucs_status_t ucp_ep_create(ucp_worker_h worker, const ucp_ep_params_t *params, ucp_ep_h *ep);
+ucs_status_t ucp_ep_query(ucp_ep_h ep, ucp_ep_attr_t *attributes);
 ucs_status_ptr_t ucp_ep_close_nbx(ucp_ep_h ep, const ucp_request_param_t *param);
 ucs_status_ptr_t ucp_ep_flush_nbx(ucp_ep_h ep, const ucp_request_param_t *param);
 ucs_status_t ucp_ep_rkey_unpack(ucp_ep_h ep, const void *buffer, ucp_rkey_h *rkey);
@@ -164,43 +191,63 @@ typedef struct {
     uint64_t length;
 } polar_memory;
 
+/* A way to one memory of a peer: through an endpoint, or mapped where the peer shares it with us. */
 typedef struct {
-    uint64_t local;    /* address, inside memories[memory] */
-    uint64_t remote;   /* address in the peer */
-    uint64_t length;   /* bytes */
-    uint32_t endpoint; /* index into endpoints and keys */
-    uint32_t memory;   /* index into memories */
-} polar_operation;
+    polar_endpoint *endpoint; /* NULL: mapped */
+    ucp_rkey_h key;           /* unpacked on the endpoint */
+    uint64_t mapping;         /* where [remote, remote + length) of the peer is mapped here */
+    uint64_t remote;
+    uint64_t length;
+} polar_route;
 
+typedef uint64_t (*polar_hash)(const void *input, size_t length);
+
+/* Blocks to read or write. Each is contiguous in the peer; here it is cut into pieces of one length, each of
+ * them inside one of the memories. */
 typedef struct {
-    const polar_operation *operations;
-    uint32_t operation_count;
-    polar_endpoint **endpoints;
-    ucp_rkey_h *keys; /* keys[i] was unpacked on endpoints[i] */
-    uint32_t endpoint_count;
+    const uint32_t *route;  /* [block_count] index into routes */
+    const uint64_t *remote; /* [block_count] address in the peer */
+    const uint64_t *local;  /* [block_count][pieces] address */
+    uint32_t block_count;
+    uint32_t pieces;
+    uint64_t piece_bytes;
+    const polar_route *routes;
+    uint32_t route_count;
     polar_memory **memories;
     uint32_t memory_count;
     int put;
-    uint32_t window;    /* most operations in flight per endpoint */
-    int64_t timeout_ns; /* of the transfer */
-    int64_t drain_ns;   /* then at most this long until nothing touches local memory any more */
+    polar_hash hash;
+    uint32_t window;          /* most operations in flight on one route */
+    uint32_t entries;         /* most local ranges that one operation may name */
+    uint64_t entry_bytes;     /* most bytes of a range that shares an operation with others */
+    uint64_t operation_bytes; /* most bytes that one operation may move */
+    int64_t timeout_ns;       /* of the transfer */
+    int64_t drain_ns;         /* then at most this long until nothing touches local memory any more */
 } polar_batch;
 
 typedef struct {
     uint64_t done_bytes;
-    uint32_t failed;  /* operations */
-    uint32_t refused; /* with POLAR_REFUSED: index of the operation that is out of bounds */
+    uint32_t failed;     /* blocks */
+    uint32_t block;      /* the one that is refused */
+    uint32_t piece;      /* with POLAR_BAD_LOCAL: the piece of it */
+    uint64_t operations; /* that UCX was to carry out */
 } polar_outcome;
 
 enum {
-    POLAR_DONE = 0,      /* statuses are filled in, some may be errors */
-    POLAR_REFUSED = 1,   /* an operation is out of bounds; nothing was issued */
-    POLAR_NO_MEMORY = 2, /* nothing was issued */
-    POLAR_UNDRAINED = 3, /* UCX may still touch local memory; the worker must not be used again */
+    POLAR_DONE = 0, /* statuses and checksums are filled in, some statuses may be errors */
+    /* Nothing was issued: */
+    POLAR_NO_MEMORY = 1,
+    POLAR_BAD_ROUTE = 2,  /* a block names a route that is not there */
+    POLAR_BAD_REMOTE = 3, /* a block lies outside its mapping */
+    POLAR_BAD_LOCAL = 4,  /* a piece lies outside every memory */
+    /* UCX may still touch local memory; the worker must not be used again: */
+    POLAR_UNDRAINED = 5,
 };
 
 int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
-                   polar_outcome *outcome);
+                   uint64_t *checksums, polar_outcome *outcome);
 int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force, int64_t timeout_ns);
-int polar_serve(const polar_worker *worker, int stop_fd);
+int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, int64_t timeout_ns);
+int polar_checksums(polar_hash hash, const uint64_t *local, uint32_t block_count, uint32_t pieces,
+                    uint64_t piece_bytes, uint64_t *checksums);
 void polar_endpoint_failed(void *endpoint, ucp_ep_h handle, ucs_status_t status);

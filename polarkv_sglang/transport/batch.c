@@ -1,60 +1,40 @@
-/* What must not hold the GIL: a batch of RMA operations from start to end, and a memory node's progress loop.
+/* What must not hold the GIL: a batch of reads or writes from start to end, and the wait for events.
  *
  * The calling thread gives up the GIL once for the whole call: beside a busy Python thread every hand-over
  * costs a switch interval (5 ms). Nothing here calls into Python or needs its headers. */
 
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
 
-#include "abi.h"
+#include "transfer.h"
 
 enum {
-    UCS_OK = 0,
-    UCS_INPROGRESS = 1,
     UCS_ERR_CANCELED = -16,
     UCS_ERR_TIMED_OUT = -20,
     UCS_ERR_NOT_CONNECTED = -24,
     UCS_ERR_LAST = -100,
     OP_CALLBACK = 1 << 1,
     OP_USER_DATA = 1 << 2,
+    OP_DATATYPE = 1 << 3,
     OP_FLAGS = 1 << 4,
     OP_MEMH = 1 << 8,
+    DATATYPE_IOV = 2,
     CLOSE_FORCE = 1,
 };
 
 enum {
-    ISSUE_BURST = 64,    /* operations issued on one endpoint before the others and the clock get a turn */
-    PROGRESS_BURST = 16, /* progress calls between two looks at the clock */
-    SPINS = 64,          /* fruitless rounds before sleeping: spinning starves a TCP peer on the same host */
-    SLEEP_MS = 10,       /* longest sleep: an event that UCX does not signal costs no more than this */
-    SERVE_BURST = 256,   /* progress calls between two looks at a serving worker's stop_fd */
+    ISSUE_BURST = 64,        /* operations issued on one route before the others and the clock get a turn */
+    COPY_BURST = 256 * 1024, /* bytes copied before the same; a multiple of a checksum's chunk */
+    PROGRESS_BURST = 16,     /* progress calls between two looks at the clock */
+    SPINS = 64,              /* fruitless rounds before sleeping: spinning starves a TCP peer on this host */
+    SLEEP_MS = 10,           /* longest sleep: an event that UCX does not signal costs no more than this */
+    WAIT_BURST = 256,        /* progress calls between two looks at what else a worker waits for */
 };
 
-/* One batch's operations on one endpoint. Each lane has its own window: an endpoint that hangs holds up only
- * itself. */
-struct lane {
-    const polar_ucp *ucp;
-    polar_endpoint *endpoint;
-    ucp_rkey_h key;
-    struct ticket *next;       /* first operation that was not issued yet */
-    uint32_t in_flight;        /* requests that UCX holds, the flush included */
-    bool needs_flush;          /* puts are done only when the peer has them */
-    ucs_status_t flush_status; /* UCS_INPROGRESS: not flushed */
-};
-
-enum lane_state { FINISHED, WAITING, READY }; /* WAITING: for UCX. READY: has more to issue at once */
-
-/* One operation's place in its lane; same index as the operation. Outlives the request. */
-struct ticket {
-    struct lane *owner;
-    struct ticket *next;
-    ucs_status_t status;
-};
+enum lane_state { FINISHED, WAITING, READY }; /* WAITING: for UCX. READY: has more to do at once */
 
 static int64_t now_ns(void) {
     struct timespec time;
@@ -70,6 +50,29 @@ static ucs_status_t raw_status(ucs_status_ptr_t result) {
     return (ucs_status_t)(intptr_t)result;
 }
 
+static uint64_t least(uint64_t a, uint64_t b) {
+    return a < b ? a : b;
+}
+
+/* Digests what became whole chunks now that the block's bytes up to `reached` are there: they are likely in a
+ * cache. */
+static void digest_until(const struct transfer *transfer, uint32_t index, uint64_t reached) {
+    struct block block = block_at(transfer, index);
+    digest(&block, whole_chunks(&block, transfer->seen[index]), whole_chunks(&block, reached));
+    transfer->seen[index] = reached;
+}
+
+/* What arrives out of order waits for the end of the batch. */
+static void digest_operation(const struct operation *op) {
+    const struct transfer *transfer = op->lane->transfer;
+    uint64_t start = op->start, left = op->length;
+    for (uint32_t i = op->block; left; i = transfer->next_block[i], start = 0) {
+        uint64_t end = start + least(left, transfer->block_bytes - start);
+        if (transfer->seen[i] == start) digest_until(transfer, i, end);
+        left -= end - start;
+    }
+}
+
 /* UCX calls this when the peer is lost. Closing the endpoint is left to whoever uses it next. */
 void polar_endpoint_failed(void *arg, ucp_ep_h handle, ucs_status_t status) {
     polar_endpoint *endpoint = arg;
@@ -77,19 +80,24 @@ void polar_endpoint_failed(void *arg, ucp_ep_h handle, ucs_status_t status) {
     if (endpoint->status == UCS_OK) endpoint->status = status;
 }
 
+static void complete(struct operation *op, ucs_status_t status) {
+    const struct transfer *transfer = op->lane->transfer;
+    op->status = status;
+    if (status == UCS_OK && !transfer->abandoned && !transfer->batch->put) digest_operation(op);
+}
+
 static void on_operation(void *request, ucs_status_t status, void *arg) {
-    struct ticket *ticket = arg;
-    struct lane *lane = ticket->owner;
-    ticket->status = status;
-    lane->in_flight--;
-    lane->ucp->request_free(request);
+    struct operation *op = arg;
+    op->lane->in_flight--;
+    complete(op, status);
+    op->lane->transfer->worker->ucp->request_free(request);
 }
 
 static void on_flush(void *request, ucs_status_t status, void *arg) {
     struct lane *lane = arg;
     lane->flush_status = status;
     lane->in_flight--;
-    lane->ucp->request_free(request);
+    lane->transfer->worker->ucp->request_free(request);
 }
 
 /* Ends an endpoint for good; its requests are completed by further progress. */
@@ -106,23 +114,38 @@ static void fail_unissued(struct lane *lane, ucs_status_t status) {
     for (; lane->next; lane->next = lane->next->next) lane->next->status = status;
 }
 
-static void issue(struct lane *lane, struct ticket *ticket, const polar_batch *batch,
-                  const polar_operation *op) {
-    const polar_ucp *ucp = lane->ucp;
+static void issue(struct lane *lane, struct operation *op) {
+    const struct transfer *transfer = lane->transfer;
+    const polar_batch *batch = transfer->batch;
+    const polar_ucp *ucp = transfer->worker->ucp;
     ucp_request_param_t param = {
-        .op_attr_mask = OP_CALLBACK | OP_USER_DATA | OP_MEMH,
+        .op_attr_mask = OP_CALLBACK | OP_USER_DATA,
         .cb = on_operation,
-        .user_data = ticket,
-        .memh = batch->memories[op->memory]->handle,
+        .user_data = op,
     };
-    void *local = (void *)(uintptr_t)op->local;
-    ucp_ep_h ep = lane->endpoint->handle;
-    ucs_status_ptr_t result = batch->put ? ucp->put(ep, local, op->length, op->remote, lane->key, &param)
-                                         : ucp->get(ep, local, op->length, op->remote, lane->key, &param);
+    void *local = op->entries;
+    size_t count = op->entry_count;
+    ucs_status_ptr_t result;
+
+    if (count == 1) {
+        local = op->entries->buffer;
+        count = op->entries->length;
+        param.op_attr_mask |= OP_MEMH;
+        param.memh = batch->memories[op->memory]->handle;
+    } else {
+        param.op_attr_mask |= OP_DATATYPE;
+        param.datatype = DATATYPE_IOV;
+    }
+    if (batch->put) {
+        digest_operation(op);
+        result = ucp->put(lane->endpoint->handle, local, count, op->remote, lane->key, &param);
+    } else {
+        result = ucp->get(lane->endpoint->handle, local, count, op->remote, lane->key, &param);
+    }
     if (is_request(result))
         lane->in_flight++;
     else
-        ticket->status = raw_status(result);
+        complete(op, raw_status(result));
 }
 
 static void flush(struct lane *lane) {
@@ -131,7 +154,7 @@ static void flush(struct lane *lane) {
         .cb = on_flush,
         .user_data = lane,
     };
-    ucs_status_ptr_t result = lane->ucp->flush(lane->endpoint->handle, &param);
+    ucs_status_ptr_t result = lane->transfer->worker->ucp->flush(lane->endpoint->handle, &param);
     lane->needs_flush = false;
     if (is_request(result))
         lane->in_flight++;
@@ -140,28 +163,40 @@ static void flush(struct lane *lane) {
 }
 
 /* Hands UCX what fits into the lane's window. */
-static enum lane_state advance(struct lane *lane, const polar_batch *batch, struct ticket *tickets) {
+static enum lane_state advance(struct lane *lane) {
+    const struct transfer *transfer = lane->transfer;
+    uint32_t window = transfer->batch->window;
+    if (!lane->endpoint) return FINISHED;
     for (int burst = ISSUE_BURST; lane->endpoint->status == UCS_OK && lane->next && burst; burst--) {
-        struct ticket *ticket = lane->next;
-        if (lane->in_flight >= batch->window) break;
-        lane->next = ticket->next;
-        issue(lane, ticket, batch, &batch->operations[ticket - tickets]);
+        struct operation *op = lane->next;
+        if (lane->in_flight >= window) break;
+        lane->next = op->next;
+        issue(lane, op);
     }
     if (lane->endpoint->status != UCS_OK) {
         fail_unissued(lane, lane->endpoint->status);
         lane->needs_flush = false;
-        force_close(lane->ucp, lane->endpoint); /* else some of its requests would stay until the deadline */
+        /* Else some of its requests would stay until the deadline. */
+        force_close(transfer->worker->ucp, lane->endpoint);
     } else if (lane->needs_flush && !lane->next) {
         flush(lane);
     }
-    if (lane->next && lane->in_flight < batch->window) return READY;
+    if (lane->next && lane->in_flight < window) return READY;
     return lane->in_flight ? WAITING : FINISHED;
 }
 
-/* Sleeps until the worker has an event or stop_fd is readable; not at all if there is an event by now. */
-static void sleep_armed(const polar_worker *worker, int stop_fd, int timeout_ms) {
-    struct pollfd fds[2] = {{.fd = worker->event_fd, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
-    if (worker->ucp->arm(worker->handle) == UCS_OK) poll(fds, 2, timeout_ms); /* callers loop: EINTR too */
+/* Sleeps until the worker has an event or one of the others is readable; not at all if it has one by now. The
+ * first place is the worker's. */
+static void sleep_armed(const polar_worker *worker, struct pollfd *fds, nfds_t count, int timeout_ms) {
+    fds[0] = (struct pollfd){.fd = worker->event_fd, .events = POLLIN};
+    if (worker->ucp->arm(worker->handle) != UCS_OK) return;
+    poll(fds, count, timeout_ms); /* callers loop: EINTR too */
+}
+
+/* Milliseconds until the deadline, at least 1, at most `longest`. */
+static int milliseconds_to(int64_t deadline_ns, int longest) {
+    int64_t left_ms = (deadline_ns - now_ns()) / 1000000 + 1;
+    return left_ms < 1 ? 1 : left_ms < longest ? (int)left_ms : longest;
 }
 
 static bool progress_some(const polar_worker *worker) {
@@ -170,102 +205,119 @@ static bool progress_some(const polar_worker *worker) {
     return any;
 }
 
-/* Progresses until every lane is finished; false at the deadline. */
-static bool run_until(const polar_worker *worker, const polar_batch *batch, struct lane *lanes,
-                      struct ticket *tickets, int64_t deadline_ns) {
+/* Copies a burst between local memory and what peers share. */
+static void copy_some(struct transfer *transfer) {
+    const polar_batch *batch = transfer->batch;
+    uint64_t copied = 0;
+    while (copied < COPY_BURST && transfer->copying < batch->block_count) {
+        uint32_t index = transfer->copying;
+        const polar_route *route = &batch->routes[batch->route[index]];
+        uint8_t *shared = (uint8_t *)(uintptr_t)(route->mapping + (batch->remote[index] - route->remote));
+        struct block block = block_at(transfer, index);
+        uint64_t from = transfer->seen[index], to = from + least(COPY_BURST, block.length - from);
+        if (batch->put)
+            write_shared(&block, shared, from, to);
+        else
+            read_shared(&block, shared, from, to);
+        transfer->seen[index] = to;
+        copied += to - from;
+        if (to == block.length) transfer->copying = transfer->next_block[index];
+    }
+}
+
+/* Progresses until every lane is finished and every block copied; false at the deadline. */
+static bool run_until(struct transfer *transfer, int64_t deadline_ns) {
+    const polar_worker *worker = transfer->worker;
+    const polar_batch *batch = transfer->batch;
     int idle = 0;
     for (;;) {
-        enum lane_state busiest = FINISHED;
-        for (uint32_t i = 0; i < batch->endpoint_count; i++) {
-            enum lane_state state = advance(&lanes[i], batch, tickets);
+        enum lane_state busiest = transfer->copying < batch->block_count ? READY : FINISHED;
+        for (uint32_t i = 0; i < batch->route_count; i++) {
+            enum lane_state state = advance(&transfer->lanes[i]);
             if (state > busiest) busiest = state;
         }
         if (busiest == FINISHED) return true;
         if (now_ns() >= deadline_ns) return false;
+        copy_some(transfer);
         if (progress_some(worker) || busiest == READY) {
             idle = 0;
         } else if (++idle > SPINS) {
-            int64_t left_ms = (deadline_ns - now_ns()) / 1000000 + 1;
-            sleep_armed(worker, -1, left_ms < SLEEP_MS ? (int)left_ms : SLEEP_MS);
+            struct pollfd fds[1];
+            sleep_armed(worker, fds, 1, milliseconds_to(deadline_ns, SLEEP_MS));
         }
     }
 }
 
 /* Gives up what is pending, and the endpoints that hold it. */
-static void expire(const polar_batch *batch, struct lane *lanes) {
-    for (uint32_t i = 0; i < batch->endpoint_count; i++) {
-        struct lane *lane = &lanes[i];
+static void expire(struct transfer *transfer) {
+    transfer->copying = transfer->batch->block_count;
+    for (uint32_t i = 0; i < transfer->batch->route_count; i++) {
+        struct lane *lane = &transfer->lanes[i];
         fail_unissued(lane, UCS_ERR_TIMED_OUT);
         lane->needs_flush = false;
         if (!lane->in_flight) continue;
         polar_endpoint_failed(lane->endpoint, NULL, UCS_ERR_TIMED_OUT);
-        force_close(lane->ucp, lane->endpoint);
+        force_close(transfer->worker->ucp, lane->endpoint);
     }
 }
 
-static bool in_bounds(const polar_batch *batch, const polar_operation *op) {
-    const polar_memory *memory;
-    if (op->endpoint >= batch->endpoint_count || op->memory >= batch->memory_count) return false;
-    memory = batch->memories[op->memory];
-    return op->local >= memory->address && op->length <= memory->length &&
-           op->local - memory->address <= memory->length - op->length;
-}
-
 /* An operation's final status: its own, for a put its flush's too; the endpoint's explains a cancellation. */
-static ucs_status_t settle(const struct ticket *ticket) {
-    const struct lane *lane = ticket->owner;
-    ucs_status_t status = ticket->status == UCS_OK ? lane->flush_status : ticket->status;
+static ucs_status_t settle(const struct operation *op) {
+    const struct lane *lane = op->lane;
+    ucs_status_t status = op->status == UCS_OK ? lane->flush_status : op->status;
     if (status == UCS_OK || (status != UCS_INPROGRESS && status != UCS_ERR_CANCELED)) return status;
     return lane->endpoint->status != UCS_OK ? lane->endpoint->status : UCS_ERR_TIMED_OUT;
 }
 
-int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
+/* Fills in what the caller learns of each block. */
+static void report(const struct transfer *transfer, ucs_status_t *statuses, uint64_t *checksums,
                    polar_outcome *outcome) {
-    int64_t deadline_ns = now_ns() + batch->timeout_ns;
-    int result = POLAR_NO_MEMORY;
-    struct lane *lanes;
-    struct ticket *tickets;
-
-    /* Before anything is issued: a batch is refused whole. */
-    for (uint32_t i = 0; i < batch->operation_count; i++) {
-        if (!in_bounds(batch, &batch->operations[i])) {
-            outcome->refused = i;
-            return POLAR_REFUSED;
+    const polar_batch *batch = transfer->batch;
+    outcome->operations = transfer->operation_count;
+    for (uint32_t i = 0; i < batch->block_count; i++) {
+        bool mapped = !batch->routes[batch->route[i]].endpoint;
+        statuses[i] = mapped && transfer->seen[i] < transfer->block_bytes ? UCS_ERR_TIMED_OUT : UCS_OK;
+    }
+    for (size_t i = 0; i < transfer->operation_count; i++) {
+        const struct operation *op = &transfer->operations[i];
+        ucs_status_t status = settle(op);
+        uint64_t reached = op->start;
+        if (status == UCS_OK) continue;
+        for (uint32_t b = op->block; reached < op->start + op->length; b = transfer->next_block[b]) {
+            if (statuses[b] == UCS_OK) statuses[b] = status;
+            reached += transfer->block_bytes - reached % transfer->block_bytes;
         }
     }
-    lanes = calloc(batch->endpoint_count + 1, sizeof(*lanes));
-    tickets = calloc(batch->operation_count + 1, sizeof(*tickets));
-    if (!lanes || !tickets) goto out;
-    for (uint32_t i = 0; i < batch->endpoint_count; i++) {
-        lanes[i].ucp = worker->ucp;
-        lanes[i].endpoint = batch->endpoints[i];
-        lanes[i].key = batch->keys[i];
-        lanes[i].flush_status = batch->put ? UCS_INPROGRESS : UCS_OK;
-    }
-    for (uint32_t i = batch->operation_count; i-- > 0;) { /* backwards: each lane's list then runs forwards */
-        struct lane *lane = &lanes[batch->operations[i].endpoint];
-        tickets[i] = (struct ticket){.owner = lane, .next = lane->next, .status = UCS_INPROGRESS};
-        lane->next = &tickets[i];
-        lane->needs_flush = batch->put;
-    }
-
-    if (!run_until(worker, batch, lanes, tickets, deadline_ns)) {
-        expire(batch, lanes);
-        /* UCX still refers to the tickets if this fails too: they are given up together with the worker. */
-        if (!run_until(worker, batch, lanes, tickets, now_ns() + batch->drain_ns)) return POLAR_UNDRAINED;
-    }
-    for (uint32_t i = 0; i < batch->operation_count; i++) {
-        statuses[i] = settle(&tickets[i]);
-        if (statuses[i] == UCS_OK)
-            outcome->done_bytes += batch->operations[i].length;
-        else
+    for (uint32_t i = 0; i < batch->block_count; i++) {
+        struct block block = block_at(transfer, i);
+        if (statuses[i] != UCS_OK) {
             outcome->failed++;
+            continue;
+        }
+        digest_until(transfer, i, block.length);
+        checksums[i] = checksum_of(&block);
+        outcome->done_bytes += block.length;
     }
-    result = POLAR_DONE;
-out:
-    free(tickets);
-    free(lanes);
-    return result;
+}
+
+int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
+                   uint64_t *checksums, polar_outcome *outcome) {
+    int64_t deadline_ns = now_ns() + batch->timeout_ns;
+    struct transfer *transfer;
+    int result = plan(worker, batch, &transfer, outcome);
+    if (result != POLAR_DONE) return result;
+    if (!run_until(transfer, deadline_ns)) {
+        expire(transfer);
+        if (!run_until(transfer, now_ns() + batch->drain_ns)) {
+            /* UCX still refers to the plan: it is given up together with the worker. */
+            transfer->abandoned = true;
+            return POLAR_UNDRAINED;
+        }
+    }
+    finish_copies();
+    report(transfer, statuses, checksums, outcome);
+    discard(transfer);
+    return POLAR_DONE;
 }
 
 /* Unless forced, waits for the peer to take part. Returns a UCX status. */
@@ -274,6 +326,7 @@ int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force,
     ucp_request_param_t param = {0};
     ucs_status_ptr_t result;
     ucs_status_t status;
+    struct pollfd fds[1];
 
     if (force || endpoint->status != UCS_OK) {
         polar_endpoint_failed(endpoint, NULL, UCS_ERR_NOT_CONNECTED);
@@ -287,20 +340,33 @@ int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force,
     endpoint->status = UCS_ERR_NOT_CONNECTED;
     if (!is_request(result)) return raw_status(result);
     while ((status = worker->ucp->request_status(result)) == UCS_INPROGRESS && now_ns() < deadline_ns)
-        if (!progress_some(worker)) sleep_armed(worker, -1, 1);
+        if (!progress_some(worker)) sleep_armed(worker, fds, 1, 1);
     worker->ucp->request_free(result);
     return status == UCS_INPROGRESS ? UCS_ERR_TIMED_OUT : status;
 }
 
-/* A spinning loop would take the core from the clients of this host, so this one sleeps in poll. */
-int polar_serve(const polar_worker *worker, int stop_fd) {
-    struct pollfd stop = {.fd = stop_fd, .events = POLLIN};
+/* Progresses the worker until one of the descriptors is readable: 1; or the time is over, which a negative
+ * one never is: 0; or they cannot be waited for: minus an errno. A spinning loop would take the core from the
+ * peers of this host, so this one sleeps in poll. */
+int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, int64_t timeout_ns) {
+    int64_t deadline_ns = timeout_ns < 0 ? INT64_MAX : now_ns() + timeout_ns;
+    struct pollfd *polled = calloc(fd_count + 1, sizeof(*polled));
+    int result;
+    if (!polled) return -ENOMEM;
+    for (uint32_t i = 0; i < fd_count; i++) polled[i + 1] = (struct pollfd){.fd = fds[i], .events = POLLIN};
     for (;;) {
         bool idle = false;
-        for (int i = 0; i < SERVE_BURST && !idle; i++) idle = worker->ucp->progress(worker->handle) == 0;
-        int ready = poll(&stop, 1, 0);
-        if (ready > 0) return 0;
-        if (ready < 0 && errno != EINTR) return errno;
-        if (idle) sleep_armed(worker, stop_fd, -1);
+        int ready;
+        for (int i = 0; i < WAIT_BURST && !idle; i++) idle = worker->ucp->progress(worker->handle) == 0;
+        ready = poll(polled + 1, fd_count, 0);
+        result = ready < 0 ? -errno : 0;
+        if (ready > 0 || (ready < 0 && errno != EINTR)) break;
+        result = 0;
+        if (now_ns() >= deadline_ns) break;
+        if (idle) sleep_armed(worker, polled, fd_count + 1, milliseconds_to(deadline_ns, INT_MAX));
     }
+    for (uint32_t i = 0; i < fd_count && result == 0; i++)
+        if (polled[i + 1].revents) result = polled[i + 1].revents & POLLNVAL ? -EBADF : (int)i + 1;
+    free(polled);
+    return result;
 }

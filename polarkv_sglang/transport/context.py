@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from cffi import FFI
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 _FEATURE_RMA, _FEATURE_WAKEUP = 1 << 1, 1 << 4
 _PARAM_FEATURES, _PARAM_MT_WORKERS_SHARED = 1 << 0, 1 << 5
+_LOOPBACK = "lo"
+_SHARED_MEMORY = frozenset({"all", "shm", "sm", "posix"})
 _MEM_MAP_ADDRESS, _MEM_MAP_LENGTH = 1 << 0, 1 << 1
 
 
@@ -57,12 +61,17 @@ class Context:
     """UCX for one process and one role: what its workers share.
 
     `tls` is UCX's list of transports (None: UCX_TLS of the environment, else everything UCX was built with);
-    peer error handling needs tcp in it. Any thread may call; close() comes last.
+    peer error handling needs tcp in it. `shares_memory` tells whether the list has shared memory in it, which
+    is ours to use (shared.py), not UCX's. Any thread may call; close() comes last.
     """
 
-    def __init__(self, library: Library, *, tls: str | None = None) -> None:
-        """Raises TransportError: `tls` leaves tcp out, or UCX finds no usable transport."""
-        if tls is not None and not _offers_tcp(tls):
+    def __init__(self, library: Library, *, tls: str | None = None, loopback: bool = False) -> None:
+        """`loopback`: all peers are on this host: keep off the network unless UCX_NET_DEVICES is set.
+
+        UCX over tcp listens on every interface and does whatever a peer asks, to any memory of the process.
+        Raises TransportError: `tls` leaves tcp out, or UCX finds no usable transport.
+        """
+        if tls is not None and not _offers(tls, {"tcp", "all"}):
             raise TransportError(f"UCX transports {tls!r} lack tcp, which noticing dead peers needs; add tcp")
         ffi, ucp = library.ffi, library.ucp
         config = ffi.new("ucp_config_t *")
@@ -70,6 +79,8 @@ class Context:
         try:
             # With rendezvous, peer error handling makes UCX give up CMA and emulate everything over TCP.
             settings = {"RNDV_THRESH": "inf"} | ({} if tls is None else {"TLS": tls})
+            if loopback and "UCX_NET_DEVICES" not in os.environ:
+                settings["NET_DEVICES"] = _LOOPBACK
             for name, value in settings.items():
                 status = ucp.ucp_config_modify(config[0], name.encode(), value.encode())
                 library.check(status, f"set {name} to {value!r}")
@@ -84,6 +95,7 @@ class Context:
             ucp.ucp_config_release(config[0])
         self.library = library
         self.handle: FFI.CData = handle[0]
+        self.shares_memory = _offers(tls or os.environ.get("UCX_TLS", "all"), _SHARED_MEMORY)
         self.memories: set[RegisteredMemory] = set()
         self.workers: set[Worker] = set()
 
@@ -104,6 +116,7 @@ class Context:
             self.handle = self.library.ffi.NULL
 
 
-def _offers_tcp(tls: str) -> bool:
+def _offers(tls: str, any_of: AbstractSet[str]) -> bool:
+    """Whether a list of transports, in UCX's spelling, lets at least one of these be used."""
     listed = {name.strip().lstrip("\\") for name in tls.removeprefix("^").split(",")}
-    return "tcp" not in listed if tls.startswith("^") else not listed.isdisjoint({"tcp", "all"})
+    return listed.isdisjoint(any_of) if tls.startswith("^") else not listed.isdisjoint(any_of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import ssl
 import time
 from typing import Self, overload
 
@@ -26,6 +27,8 @@ from polarkv_sglang.transport.messages import (
     Challenge,
     Commit,
     Committed,
+    Fetch,
+    Fetched,
     FromNode,
     Hello,
     Locate,
@@ -36,6 +39,8 @@ from polarkv_sglang.transport.messages import (
     Peeked,
     Proof,
     Refused,
+    Renew,
+    Renewed,
     Reply,
     Request,
     Reserve,
@@ -44,9 +49,14 @@ from polarkv_sglang.transport.messages import (
     Statistics,
     Welcome,
 )
+from polarkv_sglang.transport.quick import QuickSocket
+from polarkv_sglang.transport.tls import explain
 
 SEND_DEADLINE_S = 1.0  # a request fits the socket's buffer unless the node has stopped reading
+PATIENCE_S = 300e-6  # a reply is waited for so long without giving up the GIL; most take less
 _RECEIVE_BYTES = 256 << 10
+_QUICK_BYTES = 64 << 10
+_OUT_OF_TIME = (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class NodeRefused(NodeError):
@@ -71,22 +81,35 @@ class ControlConnection:
         """Internal: use ``connect``."""
         self.address = address
         self._socket = sock
+        self._quick: QuickSocket | None = None  # not for TLS
         self._frames = FrameReader(MAX_FRAME_BYTES)
         self._request_ids = itertools.count(1)
         self._closed: str | None = None  # why, once it is
 
     @classmethod
     def connect(
-        cls, address: str, *, token: str | None, role: Role, client: str, deadline_s: float
+        cls,
+        address: str,
+        *,
+        token: str | None,
+        role: Role,
+        client: str,
+        deadline_s: float,
+        tls: ssl.SSLContext | None = None,
     ) -> ControlConnection:
         """Connect to ``host:port`` and authenticate, all within ``deadline_s`` seconds.
 
-        Raises NodeRefused if the node declines us, NodeTimeout if it does not answer in time, NodeError
-        if it is not there or does not speak the protocol, ConfigError if the address is malformed.
+        ``tls``: see ``tls.client_context``; None: in the clear. Raises NodeRefused if the node declines us,
+        NodeTimeout if it does not answer in time, NodeError if it is not there, does not speak the protocol
+        or shows a certificate that we do not trust, ConfigError if the address is malformed.
         """
         deadline = time.monotonic() + deadline_s
         connection = cls(_open_socket(address, deadline, deadline_s), address)
         try:
+            if tls is not None:
+                connection._secure(tls, deadline)
+            else:
+                connection._quick = QuickSocket(connection._socket, _QUICK_BYTES)
             connection.welcome = connection._authenticate(token, role, client, deadline)
         except BaseException:
             connection.close()
@@ -108,14 +131,15 @@ class ControlConnection:
         """
         try:
             while (frame := self._frames.next_frame()) is None:
-                self._arm(deadline)
-                data = self._socket.recv(_RECEIVE_BYTES)
+                data = self._read(deadline)
                 if not data:
                     raise self._failed("closed the connection")
                 self._frames.feed(data)
             return decode_from_node(frame)
-        except (TimeoutError, BlockingIOError) as error:
+        except _OUT_OF_TIME as error:
             raise self._timed_out("did not answer in time") from error
+        except ssl.SSLError as error:
+            raise self._tls_failed(error) from error
         except OSError as error:
             raise self._failed(f"is gone ({error.strerror or error})") from error
         except BadFrame as error:
@@ -127,6 +151,10 @@ class ControlConnection:
     def request(self, message: Commit, deadline_s: float) -> Committed: ...
     @overload
     def request(self, message: Locate, deadline_s: float) -> Located: ...
+    @overload
+    def request(self, message: Renew, deadline_s: float) -> Renewed: ...
+    @overload
+    def request(self, message: Fetch, deadline_s: float) -> Fetched: ...
     @overload
     def request(self, message: Peek, deadline_s: float) -> Peeked: ...
     @overload
@@ -158,6 +186,18 @@ class ControlConnection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _secure(self, tls: ssl.SSLContext, deadline: float) -> None:
+        host, _ = parse_address(self.address)
+        try:
+            self._arm(deadline)
+            self._socket = tls.wrap_socket(self._socket, server_hostname=host)
+        except TimeoutError as error:
+            raise self._timed_out("did not answer in time") from error
+        except ssl.SSLError as error:
+            raise self._tls_failed(error) from error
+        except OSError as error:
+            raise self._failed(f"closed the connection instead of speaking TLS ({error.strerror})") from error
+
     def _authenticate(self, token: str | None, role: Role, client: str, deadline: float) -> Welcome:
         nonce = os.urandom(NONCE_BYTES)
         self._send(Hello(PROTOCOL_VERSION, role, client, nonce), deadline)
@@ -184,19 +224,36 @@ class ControlConnection:
             raise self._refused(message.reason)
         return message
 
+    def _read(self, deadline: float) -> bytes | memoryview:
+        self._check_open()
+        if self._quick is not None:
+            patience_s = min(PATIENCE_S, deadline - time.monotonic())
+            if (data := self._quick.receive(patience_s)) is not None:
+                return data
+        self._arm(deadline)
+        return self._socket.recv(_RECEIVE_BYTES)
+
     def _send(self, message: Message, deadline: float) -> None:
         try:
-            self._arm(deadline)
-            self._socket.sendall(encode_frame(message))
-        except (TimeoutError, BlockingIOError) as error:
+            self._check_open()
+            data = bytes(encode_frame(message))
+            rest = memoryview(data)[self._quick.send(data) if self._quick is not None else 0 :]
+            while rest:
+                self._arm(deadline)
+                rest = rest[self._socket.send(rest) :]
+        except _OUT_OF_TIME as error:
             raise self._timed_out("does not read what we send") from error
+        except ssl.SSLError as error:
+            raise self._tls_failed(error) from error
         except OSError as error:
             raise self._failed(f"is gone ({error.strerror or error})") from error
 
-    def _arm(self, deadline: float) -> None:
-        """Let the next socket call last until ``deadline``; NodeError if the connection is closed."""
+    def _check_open(self) -> None:
         if self._closed is not None:
             raise NodeError(f"memory node {self.address} {self._closed}")
+
+    def _arm(self, deadline: float) -> None:
+        """Let the next socket call last until ``deadline``."""
         # Past the deadline what has arrived is still taken: another node may have used the time up.
         self._socket.settimeout(max(0.0, deadline - time.monotonic()))
 
@@ -206,6 +263,10 @@ class ControlConnection:
 
     def _timed_out(self, reason: str) -> NodeError:
         return self._close_with(NodeTimeout(f"memory node {self.address} {reason}"), reason)
+
+    def _tls_failed(self, error: ssl.SSLError) -> NodeError:
+        refused, reason = explain(error)
+        return self._refused(reason) if refused else self._failed(reason)
 
     def _refused(self, reason: str) -> NodeError:
         return self._close_with(NodeRefused(f"memory node {self.address} refused us: {reason}"), reason)
@@ -244,11 +305,15 @@ def answers(reply: FromNode, request: Request) -> bool:
     match request, reply:
         case Reserve(), Reserved():
             keys = len(reply.states)
+        case Fetch(), Fetched():
+            keys = len(reply.states)
         case Locate(), Located():
             keys = len(reply.address_blob) // 8
         case Peek(), Peeked():
             keys = len(reply.present)
         case Commit(), Committed():
+            return reply.request_id == request.request_id
+        case Renew(), Renewed():
             return reply.request_id == request.request_id
         case Statistics(), NodeStatistics():
             return reply.request_id == request.request_id

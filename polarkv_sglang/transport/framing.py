@@ -30,8 +30,12 @@ class FrameReader:
         self.max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         self._buffer += data
+
+    def head(self) -> bytes:
+        """The first bytes of what is buffered, HEADER_BYTES at most."""
+        return bytes(self._buffer[:HEADER_BYTES])
 
     def next_frame(self) -> bytes | None:
         """The payload of the next whole frame, None while it is incomplete; BadFrame if it is too long."""

@@ -1,4 +1,4 @@
-"""Finds and opens libucp, and the compiled helper that drives it without the GIL."""
+"""Finds and opens libucp, XXH3, and the compiled helper that drives both without the GIL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ MINIMUM_VERSION = (1, 17, 0)  # below it, peer error handling of RMA is not depe
 
 _SONAME = "libucp.so.0"
 _HELPER = "polarkv_sglang.transport._batch"
-_DLADDR = """
+_XXHASH_SONAME = "libxxhash.so.0"
+_XXH3_OF_NOTHING = 0x2D06800538D394C2  # since xxHash 0.8; before, XXH3 was another function
+_DECLARATIONS = """
+uint64_t XXH3_64bits(const void *input, size_t length);
+uint64_t XXH3_64bits_dispatch(const void *input, size_t length);
+
 typedef struct { const char *file; void *base; const char *symbol; void *address; } Dl_info;
 int dladdr(const void *address, Dl_info *info);
 """
@@ -34,15 +39,16 @@ Source = Literal["explicit", "system", "wheel"]
 
 @dataclass(frozen=True)
 class Library:
-    """One loaded libucp."""
+    """One loaded libucp, and the hash that blocks are checked by."""
 
     path: str  # of the file that was really mapped
     source: Source
     version: tuple[int, int, int]
     ffi: FFI = field(repr=False)
     ucp: FFI.CData = field(repr=False)  # libucp's functions
-    batch: FFI.CData = field(repr=False)  # batch.c's functions
+    batch: FFI.CData = field(repr=False)  # the functions of our C files
     entry_points: FFI.CData = field(repr=False)  # `polar_ucp *`: what batch.c calls
+    xxh3: FFI.CData = field(repr=False)  # `polar_hash`
 
     def describe(self, status: int) -> str:
         """UCX's words for a status, with its number."""
@@ -58,15 +64,15 @@ class Library:
 def load_library(path: str | None = None) -> Library:
     """Opens `path` if given, else the system's libucp.so.0 if recent enough, else that of the `libucx` wheel.
 
-    RDMA needs the first or the second: the wheel is built without verbs.
-    Raises TransportError, which names everything that was tried.
+    RDMA needs the first or the second: the wheel is built without verbs. XXH3 comes from the `xxhash`
+    package, else from the system. Raises TransportError, which names everything that was tried.
     """
     ffi = FFI()
     ffi.cdef(Path(__file__).with_name("abi.h").read_text())
-    ffi.cdef(_DLADDR)
+    ffi.cdef(_DECLARATIONS)
     if path is not None:
         return _open(ffi, path, "explicit")
-    version = _probe_system()
+    version = probe_system()
     if isinstance(version, tuple):
         if version >= MINIMUM_VERSION:
             return _open(ffi, _SONAME, "system")
@@ -80,7 +86,7 @@ def load_library(path: str | None = None) -> Library:
     return _open(ffi, str(Path(spec.submodule_search_locations[0], "lib", _SONAME)), "wheel")
 
 
-def _probe_system() -> tuple[int, ...] | str:
+def probe_system() -> tuple[int, ...] | str:
     """The version of the system's libucp, or why there is none.
 
     Asked in another process: once opened here, an old one would lend its libucs to the wheel's libucp, which
@@ -131,7 +137,31 @@ def _open(ffi: FFI, name: str, source: Source) -> Library:
             "request_free": ucp.ucp_request_free,
         },
     )
-    return Library(path, source, version, ffi, ucp, batch, entry_points)
+    return Library(path, source, version, ffi, ucp, batch, entry_points, _find_xxh3(ffi))
+
+
+def _find_xxh3(ffi: FFI) -> FFI.CData:
+    """XXH3_64bits as a C function, best the one that uses the widest vectors. Raises TransportError."""
+    tried = []
+    for name in (_extension_of_xxhash(), _XXHASH_SONAME):
+        for symbol in ("XXH3_64bits_dispatch", "XXH3_64bits"):
+            try:
+                function = getattr(ffi.dlopen(name, ffi.RTLD_NOW | ffi.RTLD_NODELETE), symbol)
+            except (OSError, AttributeError) as error:
+                tried.append(str(error))
+                continue
+            if function(ffi.NULL, 0) == _XXH3_OF_NOTHING:
+                return function
+            tried.append(f"{symbol} of {name} is that of an xxHash before 0.8")
+    raise TransportError(f"no usable XXH3 ({'; '.join(tried)}); install xxhash from PyPI or {_XXHASH_SONAME}")
+
+
+def _extension_of_xxhash() -> str:
+    try:
+        spec = importlib.util.find_spec("xxhash._xxhash")
+    except ImportError:
+        spec = None
+    return spec.origin if spec is not None and spec.origin is not None else "xxhash._xxhash"
 
 
 def _file_of(ffi: FFI, function: FFI.CData) -> str:

@@ -1,7 +1,7 @@
 """Messages of the control plane: typed structs, MessagePack on the wire, keys and numbers as flat blobs.
 
 One blob of n * 16 bytes decodes fifty times faster than a list of n keys. ``*_blob`` fields hold
-little-endian u64, one per key of the request.
+little-endian u64, one per key of the request unless said otherwise.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from polarkv_sglang.identity import KEY_BYTES
+from polarkv_sglang.transport.shared import SharedHandle
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
+MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
+MAX_FETCH_REGIONS = 64
+MAX_FETCH_TARGETS = 1 << 17  # pieces of all keys of one Fetch
+MAX_VIEW_NODES = 1024
 NONCE_BYTES = 16
 NODE_ID_BYTES = 16
 
@@ -28,6 +34,10 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 NodeId = Annotated[bytes, msgspec.Meta(min_length=NODE_ID_BYTES, max_length=NODE_ID_BYTES)]
 BlockLength = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+NodeAddress = Annotated[str, msgspec.Meta(max_length=256)]  # host:port
+WorkerAddress = Annotated[bytes, msgspec.Meta(max_length=32 << 10)]
+PackedKey = Annotated[bytes, msgspec.Meta(max_length=16 << 10)]
+Reason = Annotated[str, msgspec.Meta(max_length=512)]
 
 
 class KeyState(IntEnum):
@@ -37,6 +47,14 @@ class KeyState(IntEnum):
     PRESENT = 1  # the block is in the pool already
     NO_ROOM = 2  # nothing could be evicted for it, or the block is longer than a segment
     BUSY = 3  # another writer has reserved it
+
+
+class FetchState(IntEnum):
+    """What ``Fetch`` did for one key."""
+
+    MISS = 0  # not here with that length, or behind the first key that was not
+    SENT = 1  # all of its bytes are in the client's memory
+    FAILED = 2  # it is here, but did not reach the client in time
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -75,7 +93,7 @@ class Proof(Message, frozen=True, tag="proof"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Node to client: authenticated. Only ranks are given the worker address and the rkey."""
+    """Node to client: authenticated. Only ranks are given the ways to the slab: address, rkey, handle."""
 
     node_id: NodeId  # new at every start of the node: another id means that all blocks are gone
     worker_address: bytes
@@ -83,6 +101,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     base_address: Count  # of the slab, in the node's address space
     capacity_bytes: Count
     segment_bytes: Count  # no block can be longer
+    shared: SharedHandle | None = None  # of the slab, for ranks on the node's host; None: not offered
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
@@ -145,8 +164,7 @@ class Locate(Message, frozen=True, tag="locate"):
 
     def __post_init__(self) -> None:
         _check_keys(self.keys)
-        if not self.lease_s > 0:  # NaN too
-            raise ValueError("lease_s is not above 0")
+        _check_seconds("lease_s", self.lease_s)
 
 
 class Located(Message, frozen=True, tag="located"):
@@ -167,6 +185,69 @@ class Located(Message, frozen=True, tag="located"):
             self.checksum_blob,
             self.generation_blob,
         )
+
+
+class Renew(Message, frozen=True, tag="renew"):
+    """Let a lease last ``lease_s`` seconds from now (at most MAX_LEASE_S)."""
+
+    request_id: Count
+    lease: Count
+    lease_s: float
+
+    def __post_init__(self) -> None:
+        _check_seconds("lease_s", self.lease_s)
+
+
+class Renewed(Message, frozen=True, tag="renewed"):
+    """``held``: the lease lasts on. If not, its blocks may have been evicted since it expired."""
+
+    request_id: Count
+    held: bool
+
+
+class Fetch(Message, frozen=True, tag="fetch"):
+    """Have the node put blocks into the client's registered memory: for links that emulate gets.
+
+    Only the leading run of keys that are here, as blocks of ``pieces * piece_bytes``, is sent. The node
+    answers once its puts have ended, or ``timeout_s`` seconds (at most MAX_FETCH_S) after it read this;
+    until then it reads nothing else of this connection. The client progresses its worker meanwhile.
+    Where no SENT has come, what is on its way may still reach the client's memory: it must not be used
+    again before the worker is closed.
+    """
+
+    request_id: Count
+    keys: bytes
+    timeout_s: float
+    worker_address: WorkerAddress  # the client's
+    rkeys: Annotated[list[PackedKey], msgspec.Meta(min_length=1, max_length=MAX_FETCH_REGIONS)]
+    seal: Count  # see ``seal``
+    pieces: Annotated[int, msgspec.Meta(ge=1, le=MAX_FETCH_TARGETS)]  # of each block
+    piece_bytes: BlockLength
+    target_blob: bytes  # keys * pieces addresses in the client's memory, block by block
+    region_blob: bytes  # for each of them, whose rkey covers it
+
+    def __post_init__(self) -> None:
+        _check_seconds("timeout_s", self.timeout_s)
+        targets = _check_keys(self.keys) * self.pieces
+        if targets > MAX_FETCH_TARGETS:
+            raise ValueError(f"{targets} pieces, more than {MAX_FETCH_TARGETS}; ask for fewer keys at once")
+        _check_columns(targets, self.target_blob, self.region_blob)
+        if targets and unpack_u64(self.region_blob).max() >= len(self.rkeys):
+            raise ValueError(f"a region is not among the {len(self.rkeys)} rkeys")
+        if self.seal != seal(self.worker_address, self.rkeys):
+            raise ValueError("worker_address and rkeys do not match their seal")
+
+
+class Fetched(Message, frozen=True, tag="fetched"):
+    """What became of each key; what was SENT is to be checked against its checksum, as after a get."""
+
+    request_id: Count
+    states: bytes  # one FetchState per key
+    checksum_blob: bytes  # 0 where not SENT, and so is the next
+    generation_blob: bytes
+
+    def __post_init__(self) -> None:
+        _check_columns(len(self.states), self.checksum_blob, self.generation_blob)
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -202,6 +283,22 @@ class Peeked(Message, frozen=True, tag="peeked"):
     present: bytes
 
 
+class Replicate(Message, frozen=True, tag="replicate"):
+    """Copy blocks to another memory node, as far as they are here and missing there; one way, best effort."""
+
+    keys: bytes  # in prefix order
+    target: NodeAddress
+
+    def __post_init__(self) -> None:
+        _check_keys(self.keys)
+
+
+class View(Message, frozen=True, tag="view"):
+    """The memory nodes that this rank cannot use, and why; one way. The last one counts."""
+
+    out: Annotated[dict[NodeAddress, Reason], msgspec.Meta(max_length=MAX_VIEW_NODES)]
+
+
 class Statistics(Message, frozen=True, tag="statistics"):
     """Ask for ``NodeStatistics``."""
 
@@ -215,6 +312,7 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
     node_id: NodeId
     version: str  # of PolarKV
     libucp: str  # version and where it was found
+    pages: str  # that back the slab: "hugetlb", "transparent" or "4 KiB pages"
     uptime_s: float
     capacity_bytes: Count
     used_bytes: Count  # slots in use, whole
@@ -233,11 +331,16 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
     expired_reservations_total: Count
     bad_frames_total: Count  # connections closed for garbage, oversize or a message out of place
     refused_total: dict[str, int]  # handshakes by reason, and reserved keys as no_room and too_long
+    sent_blocks_total: Count  # put into clients' memory; see Fetch
+    sent_bytes_total: Count
+    failed_sends_total: Count  # blocks
+    views: dict[str, dict[str, str]]  # by connected rank: the nodes that it cannot use, and why
+    views_left_out: Count  # ranks whose view is not among them, to keep this message short
 
 
-Answered = Reserve | Commit | Locate | Peek | Statistics
-Request = Answered | Release | ReportCorrupt
-Reply = Reserved | Committed | Located | Peeked | NodeStatistics
+Answered = Reserve | Commit | Locate | Renew | Fetch | Peek | Statistics
+Request = Answered | Release | ReportCorrupt | Replicate | View
+Reply = Reserved | Committed | Located | Renewed | Fetched | Peeked | NodeStatistics
 FromClient = Hello | Proof | Request
 FromNode = Challenge | Refused | Welcome | Reply
 
@@ -252,6 +355,18 @@ def unpack_u64(blob: bytes) -> npt.NDArray[np.uint64]:
     return np.frombuffer(blob, dtype="<u8")
 
 
+def seal(worker_address: bytes, rkeys: Sequence[bytes]) -> int:
+    """XXH3-64 over what UCX is to trust: it aborts the whole process on an address that is not one.
+
+    Guards against garbage, not against a client that means harm: that one has the slab's rkey already.
+    """
+    digest = xxhash.xxh3_64()
+    for part in (worker_address, *rkeys):
+        digest.update(len(part).to_bytes(4, "little"))
+        digest.update(part)
+    return digest.intdigest()
+
+
 def split_keys(blob: bytes) -> list[bytes]:
     """The keys of a blob, in order."""
     return [blob[start : start + KEY_BYTES] for start in range(0, len(blob), KEY_BYTES)]
@@ -264,6 +379,11 @@ def _check_keys(blob: bytes) -> int:
     if count > MAX_KEYS:
         raise ValueError(f"{count} keys, more than {MAX_KEYS}")
     return count
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not seconds > 0:  # NaN too
+        raise ValueError(f"{name} is not above 0")
 
 
 def _check_columns(count: int, *blobs: bytes) -> None:

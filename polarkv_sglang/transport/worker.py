@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,20 +13,18 @@ from cffi import FFI
 
 from polarkv_sglang.errors import TransportError
 from polarkv_sglang.transport.context import Context, RegisteredMemory
+from polarkv_sglang.transport.endpoint import Endpoint, RemoteKey
+from polarkv_sglang.transport.library import Library
+from polarkv_sglang.transport.shared import Mapped
 
-OPERATION: Final = np.dtype(
-    [("local", "u8"), ("remote", "u8"), ("length", "u8"), ("endpoint", "u4"), ("memory", "u4")]
-)
-"""One read or write: two addresses, bytes, and indexes into the batch's endpoints (and keys) and memories."""
-
-WINDOW: Final = 512  # operations that UCX holds per endpoint: enough to fill a link, few enough to stay quick
+WINDOW: Final = 512  # operations that UCX holds per route: enough to fill a link, few enough to stay quick
+OPERATION_BYTES: Final = 512 << 10  # most in one, so that its checksum finds it in the second-level cache
+IOV_ENTRIES: Final = 256  # most local ranges in one
+IOV_ENTRY_BYTES: Final = 32 << 10  # most in each of them: more gains nothing over tcp, and loses over CMA
 DRAIN_S: Final = 0.5  # how long past its deadline a transfer may wait until UCX lets go of local memory
 
-_CLOSE_S: Final = 1.0
 _THREAD_MODE_SERIALIZED = 1
-_ERR_HANDLING_MODE_PEER = 1
 _WORKER_PARAM_THREAD_MODE, _WORKER_ATTR_ADDRESS = 1 << 0, 1 << 1
-_EP_PARAM_ADDRESS, _EP_PARAM_ERR_MODE, _EP_PARAM_ERR_HANDLER = 1 << 0, 1 << 1, 1 << 2
 
 
 class Direction(enum.IntEnum):
@@ -34,72 +32,28 @@ class Direction(enum.IntEnum):
     PUT = 1  # local to remote
 
 
+class Transferred(NamedTuple):
+    """What became of each block of a batch."""
+
+    status: npt.NDArray[np.int8]  # 0: the data has arrived (of a put: at the peer); below: UCX's status
+    checksums: npt.NDArray[np.uint64]  # of what was read or written; undefined where status is not 0
+
+
 class WorkerStatistics(NamedTuple):
     """What a worker did since it was made."""
 
     batches: int
-    operations: int
-    failed_operations: int
+    blocks: int
+    failed_blocks: int
+    operations: int  # of UCX: several blocks, one, or part of one each
     got_bytes: int
     put_bytes: int
     endpoints: int  # open now
     poisoned: bool
 
 
-class RemoteKey:
-    """Access to one peer's registered memory through one endpoint; ends with the endpoint."""
-
-    def __init__(self, endpoint: Endpoint, handle: FFI.CData) -> None:
-        self.endpoint = endpoint
-        self.handle = handle
-
-
-class Endpoint:
-    """A worker's connection to one peer. Same thread rule as its worker."""
-
-    def __init__(self, worker: Worker, peer_address: bytes) -> None:
-        library = worker.context.library
-        ffi = library.ffi
-        # UCX writes the failure here, from C, whenever the worker is progressed.
-        self.state: FFI.CData = ffi.new("polar_endpoint *")
-        address = ffi.from_buffer(peer_address)
-        params = ffi.new("ucp_ep_params_t *")
-        params.field_mask = _EP_PARAM_ADDRESS | _EP_PARAM_ERR_MODE | _EP_PARAM_ERR_HANDLER
-        params.address = address
-        params.err_mode = _ERR_HANDLING_MODE_PEER
-        params.err_handler.cb = ffi.cast("ucp_err_handler_cb_t", library.batch.polar_endpoint_failed)
-        params.err_handler.arg = self.state
-        handle = ffi.new("ucp_ep_h *")
-        status = library.ucp.ucp_ep_create(worker.handle, params, handle)
-        library.check(status, "make an endpoint (peer error handling needs tcp in UCX_TLS)")
-        self.state.handle = handle[0]
-        self.worker = worker
-        self._keys: list[RemoteKey] = []
-
-    @property
-    def failed(self) -> str | None:
-        """Why the endpoint cannot be used any more, or None; the way on is close() and a new connect()."""
-        return self.worker.context.library.describe(self.state.status) if self.state.status else None
-
-    def unpack(self, rkey: bytes) -> RemoteKey:
-        """Makes a peer's packed key usable here. Raises TransportError."""
-        library = self.worker.context.library
-        if self.failed:
-            raise TransportError(f"endpoint failed: {self.failed}; connect again")
-        handle = library.ffi.new("ucp_rkey_h *")
-        status = library.ucp.ucp_ep_rkey_unpack(self.state.handle, library.ffi.from_buffer(rkey), handle)
-        library.check(status, "unpack a remote key")
-        key = RemoteKey(self, handle[0])
-        self._keys.append(key)
-        return key
-
-    def close(self, *, force: bool = False) -> None:
-        """Gives up the endpoint and its keys; without `force` the peer is told, which may take a second."""
-        library = self.worker.context.library
-        while self._keys:
-            library.ucp.ucp_rkey_destroy(self._keys.pop().handle)
-        library.batch.polar_close(self.worker.state, self.state, force, _nanoseconds(_CLOSE_S))
-        self.worker.endpoints.discard(self)
+Route: TypeAlias = RemoteKey | Mapped
+"""A way to one memory of one peer: through UCX, or mapped where the peer shares it with this process."""
 
 
 class Worker:
@@ -126,7 +80,7 @@ class Worker:
         # UCX may report on an endpoint after its close: what it writes to lives as long as the worker.
         self._endpoint_states: list[FFI.CData] = []
         self._poisoned = False
-        self._batches = self._operations = self._failed_operations = 0
+        self._batches = self._blocks = self._failed_blocks = self._operations = 0
         self._bytes = {Direction.GET: 0, Direction.PUT: 0}
         context.workers.add(self)
 
@@ -155,80 +109,102 @@ class Worker:
     def transfer(
         self,
         direction: Direction,
-        operations: npt.NDArray[np.void],
-        endpoints: Sequence[Endpoint],
+        routes: Sequence[Route],
+        route: npt.NDArray[np.uint32],
+        remote: npt.NDArray[np.uint64],
+        local: npt.NDArray[np.uint64],
+        piece_bytes: int,
         memories: Sequence[RegisteredMemory],
-        keys: Sequence[RemoteKey],
         deadline_s: float,
-    ) -> npt.NDArray[np.int8]:
-        """Carries out a batch of reads or writes within `deadline_s` seconds from now, in one GIL-free call.
+    ) -> Transferred:
+        """Reads or writes blocks within `deadline_s` seconds from now, in one GIL-free call.
 
-        `operations` is a contiguous array of OPERATION; `keys[i]` was unpacked on `endpoints[i]` (a peer with
-        several keys takes several places). Returns one int8 per operation: 0 once the data has arrived (for a
-        put: at the peer), else the UCX status (below 0). An operation fails alone or with its endpoint, whose
-        `failed` then says why; other endpoints go on. What is pending at the deadline fails as timed out
-        (-20), and its endpoints are given up. On return UCX no longer touches local memory; the remote memory
-        of a failed put may still change.
+        Block i lies in the memory of the peer that `routes[route[i]]` leads to, in one run at address
+        `remote[i]`; here it is cut into pieces of `piece_bytes` at the addresses `local[i]` (shape [blocks,
+        pieces]), each inside one of `memories`. A block fails alone or with its endpoint, whose `failed` then
+        says why; other routes go on. What is pending at the deadline fails as timed out (-20), and its
+        endpoints are given up. On return nothing touches local memory any more; the remote memory of a failed
+        put may still change.
 
-        Raises TransportError, with nothing issued, if an operation lies outside its local memory or names an
-        endpoint or memory that is not there; remote bounds are the caller's to keep. Raises TransportError
-        too if UCX did not let go of local memory within DRAIN_S after the deadline: the worker is then
-        poisoned, later calls raise, and the batch's local memory is in quarantine until the worker is closed.
+        Raises TransportError, with nothing issued, if a block names a route that is not there, or lies
+        outside its mapping or these memories; on other routes remote bounds are the caller's to keep. Raises
+        TransportError too if UCX did not let go of local memory within DRAIN_S after the deadline: the worker
+        is then poisoned, later calls raise, and the batch's local memory is in quarantine until the worker is
+        closed.
         """
         self._check_usable()
-        library = self.context.library
-        ffi = library.ffi
-        if operations.dtype != OPERATION or operations.ndim != 1 or not operations.flags.c_contiguous:
-            raise TransportError(
-                f"operations must be a contiguous 1-d array of OPERATION, not {operations.dtype}"
-            )
-        if [key.endpoint for key in keys] != list(endpoints) or any(e.worker is not self for e in endpoints):
-            raise TransportError("every endpoint must be this worker's own, with its key at the same index")
+        blocks, pieces = _check_pieces(local, piece_bytes)
+        _check_array("route", route, np.uint32, (blocks,))
+        _check_array("remote", remote, np.uint64, (blocks,))
         if any(memory.context is not self.context or not memory.state.handle for memory in memories):
             raise TransportError("every memory must be open and registered with this worker's context")
-        statuses = np.empty(len(operations), np.int8)
-        if not len(operations):
-            return statuses
-        # Bounds are checked in C: long numpy loops give up the GIL, and wait a switch interval for it.
-        rows = ffi.from_buffer("polar_operation[]", operations)
-        endpoint_states = ffi.new("polar_endpoint *[]", [endpoint.state for endpoint in endpoints])
-        key_handles = ffi.new("ucp_rkey_h[]", [key.handle for key in keys])
+        done = Transferred(np.empty(blocks, np.int8), np.empty(blocks, np.uint64))
+        if not blocks:
+            return done
+        # All else is checked in C: long numpy loops give up the GIL, and wait a switch interval for it.
+        library = self.context.library
+        ffi = library.ffi
         memory_states = ffi.new("polar_memory *[]", [memory.state for memory in memories])
+        route_states = ffi.new("polar_route[]", [self._describe(way) for way in routes])
         batch = ffi.new(
             "polar_batch *",
             {
-                "operations": rows,
-                "operation_count": len(operations),
-                "endpoints": endpoint_states,
-                "keys": key_handles,
-                "endpoint_count": len(endpoints),
+                "route": ffi.from_buffer("uint32_t[]", route),
+                "remote": ffi.from_buffer("uint64_t[]", remote),
+                "local": ffi.from_buffer("uint64_t[]", local),
+                "block_count": blocks,
+                "pieces": pieces,
+                "piece_bytes": piece_bytes,
+                "routes": route_states,
+                "route_count": len(routes),
                 "memories": memory_states,
                 "memory_count": len(memories),
                 "put": direction is Direction.PUT,
+                "hash": library.xxh3,
                 "window": WINDOW,
+                "entries": IOV_ENTRIES,
+                "entry_bytes": IOV_ENTRY_BYTES,
+                "operation_bytes": OPERATION_BYTES,
                 "timeout_ns": _nanoseconds(deadline_s),
                 "drain_ns": _nanoseconds(DRAIN_S),
             },
         )
         outcome = ffi.new("polar_outcome *")
-        out = ffi.from_buffer("ucs_status_t[]", statuses, require_writable=True)
-        result = library.batch.polar_transfer(self.state, batch, out, outcome)
-        if result == library.batch.POLAR_REFUSED:
-            refused = dict(zip(OPERATION.names or (), operations[outcome.refused].item(), strict=True))
-            raise TransportError(
-                f"operation {outcome.refused} {refused} is outside the batch's {len(endpoints)} endpoints "
-                f"and {len(memories)} memories"
-            )
-        if result == library.batch.POLAR_NO_MEMORY:
-            raise TransportError(f"no memory for a batch of {len(operations)} operations")
+        result = library.batch.polar_transfer(
+            self.state,
+            batch,
+            ffi.from_buffer("ucs_status_t[]", done.status, require_writable=True),
+            ffi.from_buffer("uint64_t[]", done.checksums, require_writable=True),
+            outcome,
+        )
         if result == library.batch.POLAR_UNDRAINED:
             self._poisoned = True
             self._check_usable()
+        if result != library.batch.POLAR_DONE:
+            index, piece = outcome.block, outcome.piece
+            size, there = f"{pieces} x {piece_bytes} bytes", f"{remote[index]:#x}"
+            reasons = {
+                library.batch.POLAR_NO_MEMORY: f"no memory for a batch of {blocks} blocks of {size}",
+                library.batch.POLAR_BAD_ROUTE: f"block {index} takes route {route[index]} of {len(routes)}",
+                library.batch.POLAR_BAD_REMOTE: f"block {index}, {size} at {there}, is outside its mapping",
+                library.batch.POLAR_BAD_LOCAL: f"piece {piece} of block {index}, {piece_bytes} bytes at "
+                f"{local[index, piece]:#x}, is outside the batch's {len(memories)} memories",
+            }
+            raise TransportError(reasons[result])
         self._batches += 1
-        self._operations += len(operations)
-        self._failed_operations += outcome.failed
+        self._blocks += blocks
+        self._failed_blocks += outcome.failed
+        self._operations += outcome.operations
         self._bytes[direction] += outcome.done_bytes
-        return statuses
+        return done
+
+    def wait(self, fds: Sequence[int], deadline_s: float) -> int | None:
+        """Lets peers read and write until one of `fds` is readable or `deadline_s` seconds are over.
+
+        Returns the index of one that is readable, None at the deadline. One GIL-free call, asleep while there
+        is nothing to do. Raises TransportError.
+        """
+        return self._wait(fds, _nanoseconds(deadline_s))
 
     def serve(self, stop_fd: int) -> None:
         """Answers peers until `stop_fd` is readable, asleep while there is nothing to do.
@@ -236,17 +212,15 @@ class Worker:
         One GIL-free call for a memory node's whole life: give it a thread of its own, and an eventfd or pipe
         to end it. Raises TransportError.
         """
-        self._check_usable()
-        error = self.context.library.batch.polar_serve(self.state, stop_fd)
-        if error:
-            raise TransportError(f"cannot wait for file descriptor {stop_fd}: {os.strerror(error)}")
+        self._wait([stop_fd], -1)
 
     def statistics(self) -> WorkerStatistics:
         """Counters since the worker was made."""
         return WorkerStatistics(
             batches=self._batches,
+            blocks=self._blocks,
+            failed_blocks=self._failed_blocks,
             operations=self._operations,
-            failed_operations=self._failed_operations,
             got_bytes=self._bytes[Direction.GET],
             put_bytes=self._bytes[Direction.PUT],
             endpoints=len(self.endpoints),
@@ -263,11 +237,70 @@ class Worker:
         self.handle = self.state.handle = self.context.library.ffi.NULL
         self.context.workers.discard(self)
 
+    def _wait(self, fds: Sequence[int], timeout_ns: int) -> int | None:
+        self._check_usable()
+        library = self.context.library
+        polled = library.ffi.new("int[]", list(fds))
+        ready = library.batch.polar_wait(self.state, polled, len(fds), timeout_ns)
+        if ready < 0:
+            raise TransportError(f"cannot wait for file descriptors {list(fds)}: {os.strerror(-ready)}")
+        return int(ready) - 1 if ready else None
+
+    def _describe(self, way: Route) -> tuple[FFI.CData, FFI.CData, int, int, int]:
+        """A `polar_route`. Raises TransportError."""
+        null = self.context.library.ffi.NULL
+        if isinstance(way, Mapped):
+            if not way.address:
+                raise TransportError("a route's mapping is closed")
+            return null, null, way.address, way.remote, way.length
+        if way.endpoint.worker is not self:
+            raise TransportError("every key must have been unpacked on an endpoint of this worker")
+        return way.endpoint.state, way.handle, 0, 0, 0
+
     def _check_usable(self) -> None:
         if not self.handle:
             raise TransportError("the worker is closed")
         if self._poisoned:
             raise TransportError("UCX did not let go of a batch's local memory in time; replace the worker")
+
+
+def checksums(library: Library, local: npt.NDArray[np.uint64], piece_bytes: int) -> npt.NDArray[np.uint64]:
+    """Checksums of blocks in local memory, as `Worker.transfer` computes them, in one GIL-free call.
+
+    `local` (shape [blocks, pieces]) holds addresses of pieces of `piece_bytes`: the caller answers for them.
+    A block's checksum is the XXH3_64 of the XXH3_64 digests (little-endian) of its chunks of 4096 bytes, of
+    which the last may be shorter, however the block is cut into pieces. Raises TransportError.
+    """
+    blocks, pieces = _check_pieces(local, piece_bytes)
+    sums = np.empty(blocks, np.uint64)
+    if blocks:
+        ffi = library.ffi
+        addresses = ffi.from_buffer("uint64_t[]", local)
+        out = ffi.from_buffer("uint64_t[]", sums, require_writable=True)
+        if library.batch.polar_checksums(library.xxh3, addresses, blocks, pieces, piece_bytes, out):
+            raise TransportError(f"no memory for the digests of a block of {pieces} x {piece_bytes} bytes")
+    return sums
+
+
+def _check_pieces(local: npt.NDArray[np.uint64], piece_bytes: int) -> tuple[int, int]:
+    """Numbers of blocks and of pieces in each. Raises TransportError."""
+    if local.ndim != 2 or not local.shape[1] or piece_bytes < 1:
+        raise TransportError(
+            f"pieces of {piece_bytes} bytes at addresses of shape {local.shape} are no blocks"
+        )
+    blocks, pieces = local.shape
+    _check_array("local", local, np.uint64, (blocks, pieces))
+    return blocks, pieces
+
+
+def _check_array(
+    name: str, array: npt.NDArray[np.generic], dtype: type[np.generic], shape: tuple[int, ...]
+) -> None:
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise TransportError(
+            f"{name} must be a contiguous array of {dtype.__name__} and shape {shape}, "
+            f"not of {array.dtype} and {array.shape}"
+        )
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -4,12 +4,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 import polarkv_sglang
 from polarkv_sglang.transport.control import ControlConnection
+from polarkv_sglang.transport.tls import client_context
+from tests.certificates import Authority
 from tests.support import running_node
+
+TLS_OF_NOBODY = ["--tls-cert", "/dev/null", "--tls-key", "/dev/null", "--tls-ca", "/nowhere/ca.pem"]
 
 
 def polarkv(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +42,8 @@ def test_version_is_that_of_the_package():
         (["--capacity", "64MiB", "--token", ""], "--token is empty"),
         (["--capacity", "64MiB", "--ucx-tls", "cma"], "add tcp"),
         (["--capacity", "64MiB", "--ucx-library", "/nowhere/libucp.so.0"], "/nowhere/libucp.so.0"),
+        (["--capacity", "64MiB", "--tls-cert", "cert.pem"], "no tls-key and no tls-ca; give all three"),
+        (["--capacity", "64MiB", *TLS_OF_NOBODY], "/nowhere/ca.pem cannot be read: No such file"),
         (["--capacity", "64MiB", "--listen", "192.0.2.1:7411"], "cannot listen on 192.0.2.1:7411"),
     ],
 )
@@ -65,6 +72,7 @@ def test_ready_line_tells_where_and_how_much_and_which_ucx():
     with running_node("96MiB", "--metrics-port", "0") as node:
         assert node.address.startswith("127.0.0.1:")
         assert ", capacity 96.0 MiB, libucp 1." in node.ready_line
+        assert ", pages: " in node.ready_line
         assert node.metrics_url is not None
         assert node.stop() == 0
 
@@ -79,3 +87,18 @@ def test_token_flag_beats_the_variable():
         ControlConnection.connect(
             node.address, token="flag", role="rank", client="test", deadline_s=5.0
         ).close()
+
+
+def test_tls_can_be_set_by_variables_and_flags_beat_them(tmp_path: Path):
+    authority = Authority(tmp_path / "authority")
+    good = authority.issue("node")
+    variables = {f"POLARKV_TLS_{name.upper()}": path for name, path in good._asdict().items()}
+    tls = client_context(*authority.issue("client"))
+    with running_node(environment=variables) as node:
+        assert node.ready_line.endswith(", TLS")
+        ControlConnection.connect(
+            node.address, token=None, role="rank", client="test", deadline_s=5.0, tls=tls
+        ).close()
+    broken = variables | {"POLARKV_TLS_CERT": "/nowhere/cert.pem"}
+    with running_node("64MiB", "--tls-cert", good.cert, environment=broken) as node:
+        assert node.ready_line.endswith(", TLS")

@@ -13,77 +13,22 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from polarkv_sglang.pool.blocks import Chain, Pieces, chain
-from polarkv_sglang.pool.client import PoolClient
-from polarkv_sglang.pool.placement import place
-from polarkv_sglang.transport.messages import Locate, unpack_u64
+from polarkv_sglang.pool.blocks import Pieces
+from polarkv_sglang.pool.placement import ranking
+from tests.pool.rank import (
+    DEADLINE_S,
+    PIECE_BYTES,
+    STRIPE_PAGES,
+    Rank,
+    a_rank,
+    flip_a_byte,
+    prompt,
+    wait_until_live,
+)
 from tests.support import RunningNode, running_node
 
-DEADLINE_S = 0.5
-PIECE_BYTES = 24 << 10
-STRIPE_PAGES = 4
-
-
-class Rank:
-    """A client with memory of its own: blocks of two pieces, K and V."""
-
-    def __init__(self, *nodes: str, blocks: int = 64, token: str | None = None, seed: int = 0) -> None:
-        self.memory = np.random.default_rng(seed).integers(0, 256, (2, blocks, PIECE_BYTES), np.uint8)
-        self.client = PoolClient(nodes, token=token, deadline_s=DEADLINE_S, client="test rank")
-        self.client.register(self.memory.ctypes.data, self.memory.nbytes)
-        assert self.client.membership.wait_tried(10)
-
-    def pieces(self, count: int) -> Pieces:
-        start = self.memory.ctypes.data
-        block = np.arange(count, dtype=np.uint64)
-        return Pieces(
-            np.stack(
-                [start + block * PIECE_BYTES, start + (block + self.memory.shape[1]) * PIECE_BYTES], axis=1
-            ),
-            PIECE_BYTES,
-        )
-
-    def put(self, blocks: Chain) -> list[bool]:
-        return self.client.put(blocks, self.pieces(len(blocks))).tolist()
-
-    def get(self, blocks: Chain) -> list[bool]:
-        """Read over wiped memory."""
-        self.memory[:, : len(blocks)] = 0
-        return self.client.get(blocks, self.pieces(len(blocks))).tolist()
-
-
-@contextlib.contextmanager
-def a_rank(*nodes: str, token: str | None = None, seed: int = 0) -> Iterator[Rank]:
-    rank = Rank(*nodes, token=token, seed=seed)
-    try:
-        yield rank
-    finally:
-        rank.client.close()
-
-
-def prompt(name: str, pages: int, *, before: int = 0) -> Chain:
-    """The blocks of pages ``before`` to ``pages`` of a prompt."""
-    keys = [hashlib.sha256(f"{name} {page}".encode()).digest()[:16] for page in range(pages)]
-    return chain(keys[:before], keys[before:], STRIPE_PAGES)
-
-
-def wait_until_live(rank: Rank, count: int, timeout_s: float = 15) -> None:
-    end = time.monotonic() + timeout_s
-    while len(rank.client.membership.live) != count:
-        assert time.monotonic() < end, rank.client.membership.reasons()
-        time.sleep(0.02)
-
-
-def flip_a_byte(node: RunningNode, key: bytes) -> None:
-    """Change one byte of a block in the slab of a memory node's process."""
-    with node.connect() as control:
-        located = control.request(Locate(control.next_id(), key, 0.01), 5)
-    address = int(unpack_u64(located.address_blob)[0]) + 1000
-    with open(f"/proc/{node.pid}/mem", "r+b", buffering=0) as memory:
-        memory.seek(address)
-        byte = memory.read(1)[0]
-        memory.seek(address)
-        memory.write(bytes([byte ^ 0x40]))
+# Shared memory; UCX where it can get; UCX where the node must put what we read.
+TRANSPORTS = [None, "cma,tcp", "tcp"]
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +37,10 @@ def node() -> Iterator[RunningNode]:
         yield running
 
 
-def test_a_block_comes_back_byte_for_byte(node: RunningNode) -> None:
-    blocks = prompt("round trip", 40)
-    with a_rank(node.address) as rank:
+@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
+def test_a_block_comes_back_byte_for_byte(node: RunningNode, ucx_tls: str | None) -> None:
+    blocks = prompt(f"round trip {ucx_tls}", 40)
+    with a_rank(node.address, ucx_tls=ucx_tls) as rank:
         before = rank.memory.copy()
         assert rank.put(blocks) == [True] * 40
         assert rank.get(blocks) == [True] * 40
@@ -119,32 +65,38 @@ def test_a_block_that_the_pool_has_is_not_sent_again(node: RunningNode) -> None:
         assert rank.client.statistics().present_blocks == 8
 
 
-def test_reading_ends_at_the_first_miss(node: RunningNode) -> None:
-    head, whole = prompt("gap", 6), prompt("gap", 12)
-    with a_rank(node.address) as rank:
+@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
+def test_reading_ends_at_the_first_miss(node: RunningNode, ucx_tls: str | None) -> None:
+    name = f"gap {ucx_tls}"
+    head, whole = prompt(name, 6), prompt(name, 12)
+    with a_rank(node.address, ucx_tls=ucx_tls) as rank:
         assert rank.put(head) == [True] * 6
         assert rank.client.peek(whole) == 6
         assert rank.get(whole) == [True] * 6 + [False] * 6
         # What lies behind a gap is of no use and is not read.
-        tail = prompt("gap", 12, before=8)
+        tail = prompt(name, 12, before=8)
         assert rank.put(tail) == [True] * 4
         assert rank.get(whole) == [True] * 6 + [False] * 6
 
 
-def test_a_flipped_byte_is_a_miss_and_the_block_is_dropped(node: RunningNode) -> None:
-    blocks = prompt("flipped", 8)
-    with a_rank(node.address) as rank:
+@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
+def test_a_flipped_byte_is_a_miss_and_the_block_is_dropped(node: RunningNode, ucx_tls: str | None) -> None:
+    blocks = prompt(f"flipped {ucx_tls}", 8)
+    with a_rank(node.address, ucx_tls=ucx_tls) as rank:
         assert rank.put(blocks) == [True] * 8
         flip_a_byte(node, blocks.keys[5])
         assert rank.get(blocks) == [True] * 5 + [False] + [True] * 2
         assert rank.client.statistics().corrupt_blocks == 1
-        assert rank.client.peek(blocks) == 5
+        end = time.monotonic() + 5
+        while rank.client.peek(blocks) != 5:  # the report has no reply to wait for
+            assert time.monotonic() < end
         assert node.statistics().corrupt_total >= 1
 
 
-def test_a_block_of_another_length_is_a_miss(node: RunningNode) -> None:
-    blocks = prompt("length", 4)
-    with a_rank(node.address) as rank:
+@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
+def test_a_block_of_another_length_is_a_miss(node: RunningNode, ucx_tls: str | None) -> None:
+    blocks = prompt(f"length {ucx_tls}", 4)
+    with a_rank(node.address, ucx_tls=ucx_tls) as rank:
         assert rank.put(blocks) == [True] * 4
         one_piece = rank.pieces(4)
         got = rank.client.get(blocks, Pieces(one_piece.addresses[:, :1].copy(), PIECE_BYTES))
@@ -166,8 +118,11 @@ def test_a_dead_node_is_a_miss_within_the_deadline_and_then_costs_nothing() -> N
         assert time.monotonic() - started < 0.1
 
 
+@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
 @pytest.mark.parametrize("operation", ["get", "put", "peek"])
-def test_a_frozen_node_is_a_miss_within_the_deadline_and_then_costs_nothing(operation: str) -> None:
+def test_a_frozen_node_is_a_miss_within_the_deadline_and_then_costs_nothing(
+    operation: str, ucx_tls: str | None
+) -> None:
     blocks, new = prompt("frozen", 32), prompt("frozen, new", 32)
 
     def operate(rank: Rank) -> None:
@@ -179,7 +134,7 @@ def test_a_frozen_node_is_a_miss_within_the_deadline_and_then_costs_nothing(oper
             case _:
                 assert rank.client.peek(blocks) == 0
 
-    with running_node() as frozen, a_rank(frozen.address) as rank:
+    with running_node() as frozen, a_rank(frozen.address, ucx_tls=ucx_tls) as rank:
         assert rank.put(blocks) == [True] * 32
         os.kill(frozen.pid, signal.SIGSTOP)
         started = time.monotonic()
@@ -269,8 +224,9 @@ def test_stripes_are_spread_and_a_dead_node_costs_only_its_own() -> None:
 
         # The node of the last stripe dies: what comes before it is still a hit.
         capacities = dict.fromkeys(addresses, 1)
-        home = place(blocks.anchors[-1], capacities)
-        first_lost = next(i for i, anchor in enumerate(blocks.anchors) if place(anchor, capacities) == home)
+        home = ranking(blocks.anchors[-1], capacities, 1)[0]
+        homes = [ranking(anchor, capacities, 1)[0] for anchor in blocks.anchors]
+        first_lost = homes.index(home)
         nodes[addresses.index(home)].kill()
         got = rank.get(blocks)
         assert got == [True] * first_lost + [False] * (64 - first_lost)
@@ -281,10 +237,11 @@ def test_stripes_are_spread_and_a_dead_node_costs_only_its_own() -> None:
         assert (rank.memory == before).all()
 
 
-def test_a_frozen_node_does_not_take_the_others_with_it() -> None:
+@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
+def test_a_frozen_node_does_not_take_the_others_with_it(ucx_tls: str | None) -> None:
     with contextlib.ExitStack() as stack:
         nodes = [stack.enter_context(running_node()) for _ in range(3)]
-        rank = stack.enter_context(a_rank(*[node.address for node in nodes]))
+        rank = stack.enter_context(a_rank(*[node.address for node in nodes], ucx_tls=ucx_tls))
         wait_until_live(rank, 3)
         blocks = prompt("one frozen", 64)
         assert rank.put(blocks) == [True] * 64
@@ -340,7 +297,7 @@ def test_a_node_that_joins_takes_only_its_share() -> None:
     anchors = [hashlib.sha256(str(i).encode()).digest()[:16] for i in range(4000)]
     three = {"a:1": 100, "b:1": 100, "c:1": 200}
     four = {**three, "d:1": 100}
-    before, after = [place(a, three) for a in anchors], [place(a, four) for a in anchors]
+    before, after = ([ranking(a, nodes, 1)[0] for a in anchors] for nodes in (three, four))
     moved = [new for old, new in zip(before, after) if old != new]
     assert set(moved) == {"d:1"}
     assert 0.15 < len(moved) / len(anchors) < 0.25

@@ -1,28 +1,53 @@
-"""The index against a model, step by step, with check_integrity after each."""
+"""The index against a model and a memory, step by step, with check_integrity after each.
+
+Writers scribble over their slots as soon as they have them, so a reader that could ever see anything but
+the block it asked for, or a writer whose slot is given away, is noticed at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.pool.eviction import LeastRecentlyUsed
 from polarkv_sglang.pool.index import RESERVATION_S, Index
-from polarkv_sglang.pool.slab import Slab
-from polarkv_sglang.transport.messages import KeyState
+from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
+from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
 
 BASE = 1 << 40
-SEGMENT_BYTES = 4 * 4096
+SEGMENT_BYTES = 4 * PAGE_BYTES
 CAPACITY_BYTES = 3 * SEGMENT_BYTES
-LENGTHS = (1, 4096, 4097, 8192, 12_288, SEGMENT_BYTES)
+LENGTHS = st.sampled_from((1, 4096, 4096, 4096, 4097, 8192, 12_288, SEGMENT_BYTES))
 
 # A tree: every key has the parent that half its number names.
-KEYS = [number.to_bytes(16, "big") for number in range(1, 41)]
+KEYS = [number.to_bytes(16, "big") for number in range(1, 25)]
 PARENTS = {KEYS[i]: KEYS[(i + 1) // 2 - 1] if i else NO_PARENT for i in range(len(KEYS))}
+
+
+def prefix(key: bytes) -> list[bytes]:
+    """The blocks from the root to this one."""
+    return [*prefix(PARENTS[key]), key] if key != NO_PARENT else []
+
+
 OWNERS = st.integers(1, 2)
-KEY_LISTS = st.lists(st.sampled_from(KEYS), min_size=1, max_size=8)
+PREFIXES = st.sampled_from(KEYS).map(prefix)
+KEY_LISTS = PREFIXES | st.lists(st.sampled_from(KEYS), min_size=1, max_size=8)
+LEASES = st.sampled_from((1.0, 5.0, 1e9))
+
+
+@dataclass
+class Stored:
+    """A committed block as the model knows it."""
+
+    address: int
+    length: int
+    checksum: int  # never the same twice
+    last_use: int
 
 
 @dataclass
@@ -43,7 +68,8 @@ class Read:
     owner: int
     number: int
     deadline: float
-    ranges: list[tuple[int, int]] = field(default_factory=list)  # address, length
+    blocks: dict[bytes, Stored]
+    generations: dict[bytes, int]
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -53,40 +79,81 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.index = Index(Slab(BASE, CAPACITY_BYTES, SEGMENT_BYTES), clock=lambda: self.now)
-        self.committed: dict[bytes, tuple[int, int, int]] = {}  # key: address, length, checksum
-        self.written: list[Written] = []
+        self.index = Index(
+            Slab(BASE, CAPACITY_BYTES, SEGMENT_BYTES),
+            LeastRecentlyUsed(batch=2),  # so that it has to look again and again
+            clock=lambda: self.now,
+        )
+        self.committed: dict[bytes, Stored] = {}
+        self.written: list[Written] = []  # until the index has noticed that they expired
         self.read: list[Read] = []
+        self.memory: dict[int, object] = {}  # what was last written to a page, by its address
+        self.generations: dict[int, int] = {}  # checksum, by generation
         self.checksum = 0
+        self.tick = 0
 
     def present(self) -> set[bytes]:
         return {key for key, flag in zip(KEYS, self.index.peek(KEYS), strict=True) if flag}
 
     def expire(self) -> None:
+        self.index.expire()
         self.written = [write for write in self.written if write.deadline > self.now]
         self.read = [read for read in self.read if read.deadline > self.now]
 
-    def held(self) -> list[tuple[int, int]]:
-        """Memory that a transfer may be under way on."""
-        ranges = [(address, write.length) for write in self.written for address in write.addresses.values()]
-        return ranges + [held for read in self.read for held in read.ranges]
+    def write_pages(self, address: int, length: int, content: object) -> None:
+        for page in range(address, address + length, PAGE_BYTES):
+            self.memory[page] = content
 
-    @rule(target=writes, owner=OWNERS, keys=KEY_LISTS, length=st.sampled_from(LENGTHS))
+    def pages(self, address: int, length: int) -> set[object]:
+        return {self.memory[page] for page in range(address, address + length, PAGE_BYTES)}
+
+    def use(self, keys: Iterable[bytes]) -> None:
+        """Heads are fresher than tails."""
+        keys = list(keys)
+        self.tick += len(keys)
+        for position, key in enumerate(keys):
+            if key in self.committed:
+                self.committed[key].last_use = self.tick - position
+
+    def idle_leaves(self) -> set[bytes]:
+        """What may be evicted."""
+        here = {*self.committed, *(key for write in self.written for key in write.addresses)}
+        continued = {PARENTS[key] for key in here}
+        leased = {stored.address for read in self.read for stored in read.blocks.values()}
+        return {k for k, s in self.committed.items() if k not in continued and s.address not in leased}
+
+    @rule(target=writes, owner=OWNERS, keys=KEY_LISTS, length=LENGTHS)
     def reserve(self, owner: int, keys: list[bytes], length: int):
-        before = self.present()
-        assert before == set(self.committed)
-        # Expiry happens at the latest when room is needed, so the model may be ahead of the index.
-        self.index.expire()
+        write = self.begin(owner, keys, length)
+        return write if write is not None else multiple()
+
+    @rule(owner=OWNERS, keys=PREFIXES, length=LENGTHS)
+    def put(self, owner: int, keys: list[bytes], length: int) -> None:
+        write = self.begin(owner, keys, length)
+        if write is not None:
+            self.end(write, b"\1" * len(write.addresses))
+
+    @rule(write=consumes(writes), mask_bits=st.integers(0, 255))
+    def commit(self, write: Written, mask_bits: int) -> None:
+        self.end(write, bytes(mask_bits >> bit & 1 for bit in range(len(write.addresses))))
+
+    def begin(self, owner: int, keys: list[bytes], length: int) -> Written | None:
+        """Reserve, and scribble over what was reserved."""
+        # Expiry happens at the latest when room is needed.
         self.expire()
+        idle = self.idle_leaves()
         busy = {key for write in self.written for key in write.addresses}
         result = self.index.reserve(owner, keys, [PARENTS[key] for key in keys], length)
         after = self.present()
-        evicted = before - after
-        leased = {start for read in self.read for start, _ in read.ranges}
-        assert not any(self.committed[key][0] in leased for key in evicted), "a leased block was evicted"
+        evicted = self.committed.keys() - after
+        assert after <= self.committed.keys(), "a block is visible before it was committed"
+        leased = {stored.address for read in self.read for stored in read.blocks.values()}
+        assert not any(self.committed[key].address in leased for key in evicted), "a leased block was evicted"
         assert not any(PARENTS[key] in evicted for key in after), "a head was evicted before its tail"
-        for key in evicted:
-            del self.committed[key]
+        # Neither used nor continued by this request.
+        spared = (idle & after) - {*keys, *(PARENTS[key] for key in keys)}
+        newest = max((self.committed[key].last_use for key in evicted.difference(keys)), default=0)
+        assert all(self.committed[key].last_use > newest for key in spared), "an older leaf was spared"
         reserved: dict[bytes, int] = {}
         for key, address, state in zip(keys, result.addresses, result.states, strict=True):
             assert (state == KeyState.RESERVED) == (address != 0)
@@ -95,25 +162,29 @@ class IndexMachine(RuleBasedStateMachine):
                     assert key not in busy
                     # (A key further on may lose its head to the room that this one needs.)
                     assert reserved or PARENTS[key] not in evicted, "a block's own head was evicted for it"
-                    for start, other in self.held():
-                        assert address + length <= start or start + other <= address, "memory in use"
                     reserved[key] = address
                 case KeyState.PRESENT:
-                    assert key in self.committed or key in evicted
+                    assert key in self.committed
                 case KeyState.BUSY:
                     assert key in busy or key in reserved
+                case KeyState.NO_ROOM:
+                    assert key not in after
+                    assert key not in busy
+        self.use(keys)
+        for key in evicted:
+            del self.committed[key]
         assert (result.number == 0) == (not reserved)
         if not reserved:
-            return multiple()
+            return None
         write = Written(owner, result.number, length, reserved, self.now + RESERVATION_S)
         self.written.append(write)
+        for key, address in reserved.items():
+            self.write_pages(address, length, (write.number, key))
         return write
 
-    @rule(write=consumes(writes), mask_bits=st.integers(0, 255))
-    def commit(self, write: Written, mask_bits: int) -> None:
+    def end(self, write: Written, mask: bytes) -> None:
+        """Commit what the mask says, and abort the rest."""
         self.expire()
-        self.index.expire()
-        mask = bytes(mask_bits >> bit & 1 for bit in range(len(write.addresses)))
         checksums = [self.checksum + position for position in range(len(mask))]
         self.checksum += len(mask)
         count = self.index.commit(write.owner, write.number, mask, checksums)
@@ -124,27 +195,44 @@ class IndexMachine(RuleBasedStateMachine):
         assert count == sum(mask)
         for (key, address), taken, checksum in zip(write.addresses.items(), mask, checksums, strict=True):
             if taken:
-                self.committed[key] = (address, write.length, checksum)
+                self.committed[key] = Stored(address, write.length, checksum, 0)
+                self.write_pages(address, write.length, checksum)
+        self.use(write.addresses)
 
     @rule(write=writes)
     def commit_by_another_is_nothing(self, write: Written) -> None:
         mask = b"\1" * len(write.addresses)
         assert self.index.commit(write.owner + 1, write.number, mask, [0] * len(mask)) == 0
 
-    @rule(target=reads, owner=OWNERS, keys=KEY_LISTS, lease_s=st.sampled_from((1.0, 5.0, 1e9)))
+    @rule(target=reads, owner=OWNERS, keys=KEY_LISTS, lease_s=LEASES)
     def locate(self, owner: int, keys: list[bytes], lease_s: float):
         lease = self.index.locate(owner, keys, lease_s)
-        read = Read(owner, lease.number, self.now + min(lease_s, 60.0))
-        columns = zip(keys, lease.addresses, lease.lengths, lease.checksums, strict=True)
-        for key, address, length, checksum in columns:
-            assert (address, length, checksum) == self.committed.get(key, (0, 0, 0))
-            if address:
-                read.ranges.append((address, length))
-        assert (lease.number == 0) == (not read.ranges)
-        if not read.ranges:
+        self.use(keys)
+        read = Read(owner, lease.number, self.now + min(lease_s, MAX_LEASE_S), {}, {})
+        columns = zip(keys, *lease[1:], strict=True)
+        for key, address, length, checksum, generation in columns:
+            stored = self.committed.get(key)
+            if stored is None:
+                assert (address, length, checksum, generation) == (0, 0, 0, 0)
+                continue
+            assert (address, length, checksum) == (stored.address, stored.length, stored.checksum)
+            assert generation > 0
+            assert self.generations.setdefault(generation, checksum) == checksum, "a generation came again"
+            read.blocks[key] = stored
+            read.generations[key] = generation
+        assert (lease.number == 0) == (not read.blocks)
+        if not read.blocks:
             return multiple()
         self.read.append(read)
         return read
+
+    @rule(read=reads, lease_s=LEASES)
+    def renew(self, read: Read, lease_s: float) -> None:
+        assert not self.index.renew(read.owner + 1, read.number, lease_s)
+        holds = read in self.read and read.deadline > self.now
+        assert self.index.renew(read.owner, read.number, lease_s) == holds
+        if holds:
+            read.deadline = self.now + min(lease_s, MAX_LEASE_S)
 
     @rule(read=consumes(reads))
     def release(self, read: Read) -> None:
@@ -153,31 +241,49 @@ class IndexMachine(RuleBasedStateMachine):
         if read in self.read:
             self.read.remove(read)
 
-    @rule(keys=KEY_LISTS, stale=st.booleans())
-    def report_corrupt(self, keys: list[bytes], stale: bool) -> None:
-        lease = self.index.locate(9, keys, 1.0)
-        self.index.release(9, lease.number)
-        generations = [generation + stale for generation in lease.generations]
-        self.index.report_corrupt(keys, generations)
-        if not stale:
-            for key in keys:
-                self.committed.pop(key, None)
+    @rule(read=reads, stale=st.booleans())
+    def report_corrupt(self, read: Read, stale: bool) -> None:
+        """By a reader that may be late: the block may have been replaced meanwhile."""
+        self.index.report_corrupt(
+            list(read.generations), [g + stale * 10**9 for g in read.generations.values()]
+        )
+        for key, stored in read.blocks.items():
+            if not stale and key in self.committed and self.committed[key].checksum == stored.checksum:
+                del self.committed[key]
 
-    @rule(seconds=st.sampled_from((0.5, 2.0, 40.0)))
-    def wait(self, seconds: float) -> None:
+    @rule(keys=KEY_LISTS)
+    def describe(self, keys: list[bytes]) -> None:
+        stored = [self.committed.get(key) for key in keys]
+        parents, lengths = self.index.describe(keys)
+        assert parents == [PARENTS[key] if s else NO_PARENT for key, s in zip(keys, stored)]
+        assert lengths == [s.length if s else 0 for s in stored]
+
+    @rule(seconds=st.sampled_from((0.5, 2.0, 40.0)), noticed=st.booleans())
+    def wait(self, seconds: float, noticed: bool) -> None:
         self.now += seconds
-        self.index.expire()
-        self.expire()
+        if noticed:
+            self.expire()
 
     @invariant()
     def agrees(self) -> None:
         self.index.check_integrity()
+        assert self.present() == set(self.committed)
         statistics = self.index.statistics()
         assert statistics.used_bytes <= CAPACITY_BYTES
         assert statistics.blocks == len(self.committed)
         assert statistics.leases == len(self.read)
         assert statistics.reservations == len(self.written)
 
+    @invariant()
+    def nobody_wrote_to_what_is_held(self) -> None:
+        for stored in [*self.committed.values(), *(s for read in self.read for s in read.blocks.values())]:
+            assert self.pages(stored.address, stored.length) == {stored.checksum}, (
+                "a reader sees another block"
+            )
+        for write in self.written:
+            for key, address in write.addresses.items():
+                assert self.pages(address, write.length) == {(write.number, key)}, "a slot has two writers"
 
-IndexMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+IndexMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 TestIndexAgreesWithModel = IndexMachine.TestCase

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
-import random
 import signal
 import socket
 import time
@@ -16,10 +17,11 @@ import pytest
 from polarkv_sglang.config import parse_address
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.transport import OPERATION, Context, Direction, Worker, load_library
+from polarkv_sglang.transport import Context, Direction, Worker, attach, load_library
 from polarkv_sglang.transport.control import ControlConnection, NodeRefused, NodeTimeout
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, MAX_HANDSHAKE_FRAME_BYTES, encode_frame
 from polarkv_sglang.transport.messages import (
+    MAX_VIEW_NODES,
     NONCE_BYTES,
     PROTOCOL_VERSION,
     Commit,
@@ -29,10 +31,12 @@ from polarkv_sglang.transport.messages import (
     Peek,
     Proof,
     Release,
+    Renew,
+    Replicate,
     ReportCorrupt,
     Reserve,
     Reserved,
-    Statistics,
+    View,
     pack_u64,
     unpack_u64,
 )
@@ -81,7 +85,7 @@ def flood(connection: ControlConnection) -> None:
         connection.send(Locate(1, bytes(16 * 4096), 1.0), 1.0)
 
 
-def test_block_put_by_one_client_is_got_by_another():
+def test_block_put_by_one_client_is_got_and_seen_in_shared_memory_by_another():
     rng = np.random.default_rng(0)
     context = Context(load_library())
     try:
@@ -93,8 +97,17 @@ def test_block_put_by_one_client_is_got_by_another():
             key = endpoint.unpack(writer.welcome.rkey)
 
             def move(direction: Direction, offset: int, remote: int) -> None:
-                row = np.array([(local.ctypes.data + offset, remote, 8192, 0, 0)], OPERATION)
-                assert lane.transfer(direction, row, [endpoint], [memory], [key], 5.0).tolist() == [0]
+                status, _ = lane.transfer(
+                    direction,
+                    [key],
+                    np.zeros(1, np.uint32),
+                    np.array([remote], np.uint64),
+                    np.array([[local.ctypes.data + offset]], np.uint64),
+                    8192,
+                    [memory],
+                    5.0,
+                )
+                assert status.tolist() == [0]
 
             reserved = reserve(writer, length=8192)
             move(Direction.PUT, 0, int(unpack_u64(reserved.address_blob)[0]))
@@ -103,6 +116,12 @@ def test_block_put_by_one_client_is_got_by_another():
             assert unpack_u64(located.length_blob).tolist() == [8192]
             move(Direction.GET, 8192, int(unpack_u64(located.address_blob)[0]))
             assert (local[:8192] == local[8192:]).all()
+            assert reader.welcome.shared is not None
+            mapped = attach(reader.welcome.shared, reader.welcome.base_address)
+            assert mapped is not None
+            offset = int(unpack_u64(located.address_blob)[0]) - mapped.remote
+            assert ctypes.string_at(mapped.address + offset, 8192) == local[:8192].tobytes()
+            mapped.close()
     finally:
         context.close()
 
@@ -141,6 +160,20 @@ def test_only_ranks_are_given_the_rkey_and_may_write():
                     reserve(connection)
 
 
+@pytest.mark.parametrize(
+    ("ucx_tls", "offered"),
+    [("tcp", False), ("tcp,cma", False), ("^posix", False), ("tcp,shm", True), ("all", True), ("^cma", True)],
+)
+def test_slab_can_be_mapped_by_ranks_if_the_transports_have_shared_memory(ucx_tls: str, offered: bool):
+    with running_node("64MiB", "--ucx-tls", ucx_tls) as node:
+        with node.connect("rank") as rank:
+            assert (rank.welcome.shared is not None) == offered
+        with node.connect("observer") as observer:
+            assert observer.welcome.shared is None
+    with running_node(environment={"UCX_TLS": ucx_tls}) as node, node.connect("rank") as rank:
+        assert (rank.welcome.shared is not None) == offered
+
+
 def test_other_version_is_refused_with_both_versions_named():
     with running_node() as node:
         with raw(node) as sock:
@@ -149,35 +182,6 @@ def test_other_version_is_refused_with_both_versions_named():
             assert f"protocol {PROTOCOL_VERSION}, we speak {PROTOCOL_VERSION + 1}".encode() in answer
             assert is_closed(sock)
         assert node.statistics().refused_total == {"version": 1}
-
-
-def test_garbage_closes_its_own_connection_and_nothing_else():
-    rng = random.Random(7)
-    hello = bytes(encode_frame(Hello(PROTOCOL_VERSION, "rank", "test", bytes(NONCE_BYTES))))
-    proof = bytes(encode_frame(Proof(b"")))
-    valid = [
-        bytes(encode_frame(message))
-        for message in (
-            Reserve(1, KEY, NO_PARENT, 4096),
-            Commit(1, 99, b"\1", bytes(8)),
-            Locate(1, KEY, 1.0),
-            Release(1),
-            Statistics(1),
-        )
-    ]
-    with running_node() as node, node.connect() as bystander:
-        commit(bystander, reserve(bystander).reservation)
-        for turn in range(300):
-            frame = bytearray(rng.choice([hello, proof, *valid]))
-            for _ in range(rng.randint(1, 4)):
-                frame[rng.randrange(len(frame))] = rng.randrange(256)
-            if turn % 3 == 0:
-                del frame[rng.randrange(len(frame)) :]
-            with raw(node) as sock:
-                sock.sendall((hello + proof if turn % 2 else b"") + frame)
-        assert bystander.request(Peek(bystander.next_id(), KEY), 5.0).present == b"\1"
-        eventually(lambda: node.statistics().connections == 2)  # the bystander and the question itself
-        assert node.statistics().bad_frames_total > 50
 
 
 @pytest.mark.parametrize("authenticated", [False, True])
@@ -223,6 +227,62 @@ def test_leases_of_a_lost_client_outlive_it():
         assert (now.leases, now.reservations) == (1, 1)
         eventually(lambda: node.statistics().leases == 0)
         assert node.statistics().expired_leases_total == 1
+
+
+def renew(connection: ControlConnection, lease: int, lease_s: float) -> bool:
+    return connection.request(Renew(connection.next_id(), lease, lease_s), 5.0).held
+
+
+def test_renewed_lease_outlives_its_first_time_and_an_expired_one_cannot_be_renewed():
+    with running_node() as node, node.connect() as one, node.connect() as two:
+        commit(one, reserve(one).reservation)
+        kept = one.request(Locate(one.next_id(), KEY, 0.5), 5.0).lease
+        assert renew(one, kept, 60.0)
+        lost = two.request(Locate(two.next_id(), KEY, 0.5), 5.0).lease
+        assert not renew(two, kept, 60.0)  # not its lease
+        eventually(lambda: node.statistics().leases == 1)
+        assert not renew(two, lost, 60.0)
+        assert renew(one, kept, 1.0)
+        eventually(lambda: node.statistics().leases == 0)
+        assert node.statistics().expired_leases_total == 2
+
+
+def test_views_of_ranks_are_told_for_as_long_as_they_are_connected():
+    with running_node() as node:
+        with node.connect() as one, node.connect() as two, node.connect() as silent:
+            one.send(View({"10.0.0.4:7411": "Connection refused"}))
+            two.send(View({"10.0.0.4:7411": "Connection refused"}))
+            two.send(View({}))  # the last one counts
+            for client in (one, two, silent):
+                client.request(Peek(client.next_id(), KEY), 5.0)
+            views = node.statistics().views
+            assert sorted(views.values(), key=len) == [{}, {"10.0.0.4:7411": "Connection refused"}]
+            assert all(name.startswith("test at 127.0.0.1:") for name in views)
+        eventually(lambda: node.statistics().views == {})
+
+
+def test_views_are_left_out_before_statistics_get_too_long_for_a_frame():
+    longest = View({f"10.0.0.4:{number}": "x" * 512 for number in range(MAX_VIEW_NODES)})
+    with running_node() as node, contextlib.ExitStack() as stack:
+        for _ in range(10):
+            client = stack.enter_context(node.connect())
+            client.send(longest)
+            client.request(Peek(client.next_id(), KEY), 5.0)
+        now = node.statistics()
+        assert 0 < len(now.views) < 10
+        assert now.views_left_out == 10 - len(now.views)
+
+
+@pytest.mark.parametrize("message", [Replicate(KEY, "10.0.0.5:7411"), View({}), Release(1)])
+def test_only_ranks_may_send_what_has_no_answer(message: Replicate | View | Release):
+    with running_node() as node:
+        with node.connect("rank") as rank:
+            rank.send(message)
+            assert rank.request(Peek(rank.next_id(), KEY), 5.0).present == b"\0"
+        with node.connect("observer") as observer:
+            observer.send(message)
+            with pytest.raises(NodeError):
+                observer.receive(time.monotonic() + 5.0)
 
 
 def test_pipelined_requests_are_answered_in_order():
@@ -303,6 +363,9 @@ def test_metrics_show_what_happened():
             "polarkv_node_late_commits_total": 0,
             "polarkv_node_evictions_total": 0,
             "polarkv_node_corrupt_total": 0,
+            "polarkv_node_sent_blocks_total": 0,
+            "polarkv_node_sent_bytes_total": 0,
+            "polarkv_node_failed_sends_total": 0,
             "polarkv_node_expired_leases_total": 0,
             "polarkv_node_expired_reservations_total": 0,
             "polarkv_node_bad_frames_total": 1,

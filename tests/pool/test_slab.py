@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +65,28 @@ def test_freeing_twice_is_an_error():
         slab.free(address)
 
 
+def test_only_the_start_of_a_slot_in_use_can_be_freed():
+    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
+    address = slab.allocate(8192)
+    assert address == BASE
+    for wrong in (BASE + 4096, BASE + 8192, BASE + SEGMENT):  # within it, never used, in another segment
+        with pytest.raises(KeyError):
+            slab.free(wrong)
+    slab.check_integrity([(BASE, 8192)])
+
+
+def test_freed_slots_are_used_before_new_ones():
+    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
+    first, second, third = (slab.allocate(4096) for _ in range(3))
+    assert first
+    assert second
+    slab.free(first)
+    slab.free(second)
+    assert {slab.allocate(4096), slab.allocate(4096)} == {first, second}
+    assert slab.allocate(4096) == BASE + 3 * 4096
+    assert third == BASE + 2 * 4096
+
+
 def test_integrity_check_notices_a_leaked_slot():
     slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
     slab.allocate(1)
@@ -87,27 +113,63 @@ def test_prefault_backs_memory_and_keeps_its_content():
         ctypes.memmove(memory.base_address + MIB, b"payload", 7)
         memory.prefault(threading.Event(), step_bytes=3 * MIB)
         assert ctypes.string_at(memory.base_address + MIB, 7) == b"payload"
-        assert _resident_bytes(memory.base_address) == 8 * MIB
+        assert _mapping_fields(memory.base_address)["Rss"] == "8192 kB"
+    finally:
+        memory.close()
+
+
+def test_others_can_map_the_memory_and_keep_it():
+    memory = SlabMemory(4 * MIB)
+    ctypes.memmove(memory.base_address + MIB, b"payload", 7)
+    with mmap.mmap(memory.fd, memory.capacity_bytes) as other:
+        assert other[MIB : MIB + 7] == b"payload"
+        other[:5] = b"reply"
+        assert ctypes.string_at(memory.base_address, 5) == b"reply"
+        memory.close()
+        assert other[MIB : MIB + 7] == b"payload"
+    with pytest.raises(OSError):
+        os.fstat(memory.fd)
+
+
+@pytest.mark.parametrize("length", [0, 2 * MIB, 8 * MIB])
+def test_nobody_can_change_the_size_of_the_memory(length: int):
+    memory = SlabMemory(4 * MIB)
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, length)
+        assert os.fstat(memory.fd).st_size == memory.capacity_bytes == 4 * MIB
+    finally:
+        memory.close()
+
+
+def test_kind_of_pages_is_what_the_kernel_says():
+    memory = SlabMemory(4 * MIB)
+    try:
+        fields = _mapping_fields(memory.base_address)
+        if memory.pages == "hugetlb":
+            assert fields["KernelPageSize"] == "2048 kB"
+        else:
+            assert fields["KernelPageSize"] == f"{mmap.PAGESIZE >> 10} kB"
+            assert memory.pages == ("transparent" if fields["THPeligible"] == "1" else "4 KiB pages")
     finally:
         memory.close()
 
 
 def test_more_than_the_system_has_is_a_config_error():
-    with pytest.raises(ConfigError, match="give less"):
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=r"more than the memory and swap of this host, .*; give less"):
         SlabMemory(1 << 60)
+    with pytest.raises(ConfigError, match="cannot be mapped"):
+        SlabMemory(0)
+    assert set(os.listdir("/proc/self/fd")) == descriptors
 
 
-def _resident_bytes(address: int) -> int:
-    with open("/proc/self/smaps", encoding="utf-8") as file:
-        lines = iter(file)
-        for line in lines:
-            start, _, rest = line.partition("-")
-            end = rest.partition(" ")[0]
-            try:
-                inside = int(start, 16) <= address < int(end, 16)
-            except ValueError:
-                continue
-            if inside:
-                fields = dict(next(lines).split(":") for _ in range(4))
-                return int(fields["Rss"].split()[0]) << 10
+def _mapping_fields(address: int) -> dict[str, str]:
+    """What the kernel says of the mapping at an address."""
+    text = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)[1:]:
+        head, *lines = mapping.splitlines()
+        start, end = (int(bound, 16) for bound in head.split()[0].split("-"))
+        if start <= address < end:
+            return {name: value.strip() for name, value in (line.split(":", 1) for line in lines)}
     raise AssertionError("not mapped")

@@ -8,23 +8,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+import xxhash
 
 from polarkv_sglang.transport import (
-    OPERATION,
     Context,
     Direction,
-    Endpoint,
+    Mapped,
     RemoteKey,
+    Route,
+    SharedHandle,
+    Transferred,
     Worker,
+    attach,
     load_library,
 )
 
 MIB = 1 << 20
+
+
+def checksum(data: bytes) -> int:
+    """Of a block: the format, in plain Python."""
+    digests = [xxhash.xxh3_64_intdigest(data[at : at + 4096]) for at in range(0, len(data), 4096)]
+    return xxhash.xxh3_64_intdigest(b"".join(digest.to_bytes(8, "little") for digest in digests))
 
 
 class Peer:
@@ -43,9 +55,20 @@ class Peer:
         self.address = bytes.fromhex(ready["address"])
         self.rkey = bytes.fromhex(ready["rkey"])
         self.base = int(ready["base"])
+        self.shared = msgspec.convert(ready["shared"], SharedHandle)
 
     def _answer(self) -> str:
         return self.process.stdout.readline().strip()
+
+    def push(self, client: Client) -> None:
+        """Has it put its first bytes over the client's memory; it answers when that is done, or not."""
+        address, rkey = client.worker.address.hex(), client.memory.packed_rkey().hex()
+        self.process.stdin.write(f"push {address} {rkey} {client.memory.address} {client.memory.length}\n")
+        self.process.stdin.flush()
+
+    def pushed(self) -> int:
+        """The answer to push(): a status."""
+        return int(self._answer())
 
     def digest(self, offset: int, length: int) -> str:
         self.process.stdin.write(f"digest {offset} {length}\n")
@@ -77,6 +100,19 @@ class Peer:
         self.process.stdout.close()
 
 
+@dataclass
+class Blocks:
+    """What Worker.transfer is told about the blocks of a batch."""
+
+    route: np.ndarray
+    remote: np.ndarray
+    local: np.ndarray
+    piece_bytes: int
+
+    def __getitem__(self, part: slice) -> Blocks:
+        return Blocks(self.route[part], self.remote[part], self.local[part], self.piece_bytes)
+
+
 class Client:
     """A worker and `length` bytes of registered local memory."""
 
@@ -85,36 +121,58 @@ class Client:
         self.buffer = np.zeros(length, np.uint8)
         self.memory = self.context.register(self.buffer.ctypes.data, length)
         self.worker = Worker(self.context)
+        self.mapped: list[Mapped] = []
 
-    def connect(self, peer: Peer) -> tuple[Endpoint, RemoteKey]:
-        endpoint = self.worker.connect(peer.address)
-        return endpoint, endpoint.unpack(peer.rkey)
+    def connect(self, peer: Peer) -> RemoteKey:
+        return self.worker.connect(peer.address).unpack(peer.rkey)
 
-    def operations(self, count: int, size: int, *peers: Peer) -> np.ndarray:
-        """`count` operations of `size` bytes that go round the peers, at offsets that walk through memory."""
-        operations = np.zeros(count, OPERATION)
+    def attach(self, peer: Peer) -> Mapped:
+        mapped = attach(peer.shared, peer.base)
+        assert mapped is not None
+        self.mapped.append(mapped)
+        return mapped
+
+    def blocks(self, count: int, size: int, *peers: Peer) -> Blocks:
+        """`count` blocks of one piece of `size` bytes that go round the peers, at offsets that walk through
+        memory."""
         index = np.arange(count)
         offsets = index * size
-        operations["length"] = size
-        operations["endpoint"] = index % len(peers)
-        operations["local"] = self.memory.address + offsets % self.memory.length
+        route = (index % len(peers)).astype(np.uint32)
         bases = np.array([peer.base for peer in peers], np.uint64)
-        operations["remote"] = bases[operations["endpoint"]] + offsets % peers[0].length
-        return operations
+        return Blocks(
+            route,
+            bases[route] + (offsets % peers[0].length).astype(np.uint64),
+            (self.memory.address + offsets % self.memory.length).astype(np.uint64)[:, None],
+            size,
+        )
 
     def transfer(
-        self,
-        direction: Direction,
-        operations: np.ndarray,
-        lanes: list[tuple[Endpoint, RemoteKey]],
-        deadline_s: float = 20.0,
-    ) -> np.ndarray:
-        endpoints, keys = zip(*lanes, strict=True)
-        return self.worker.transfer(direction, operations, endpoints, [self.memory], keys, deadline_s)
+        self, direction: Direction, blocks: Blocks, routes: Sequence[Route], deadline_s: float = 20.0
+    ) -> Transferred:
+        return self.worker.transfer(
+            direction,
+            routes,
+            blocks.route,
+            blocks.remote,
+            blocks.local,
+            blocks.piece_bytes,
+            [self.memory],
+            deadline_s,
+        )
+
+    def close(self) -> None:
+        self.context.close()
+        for mapped in self.mapped:
+            mapped.close()
 
 
 @pytest.fixture(params=[None, "tcp"], ids=["default", "tcp"])
 def tls(request: pytest.FixtureRequest) -> str | None:
+    return request.param
+
+
+@pytest.fixture(params=["default", "tcp", "mapped"])
+def way(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -156,4 +214,4 @@ def make_client() -> Iterator[Callable[[int, str | None], Client]]:
 
     yield make
     for client in clients:
-        client.context.close()
+        client.close()

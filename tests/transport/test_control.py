@@ -11,8 +11,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from polarkv_sglang.errors import ConfigError, NodeError
-from polarkv_sglang.transport.control import ControlConnection, NodeRefused, NodeTimeout
-from polarkv_sglang.transport.framing import encode_frame
+from polarkv_sglang.transport.control import PATIENCE_S, ControlConnection, NodeRefused, NodeTimeout
+from polarkv_sglang.transport.framing import (
+    MAX_FRAME_BYTES,
+    FrameReader,
+    decode_from_client,
+    encode_frame,
+)
 from polarkv_sglang.transport.messages import (
     PROTOCOL_VERSION,
     Challenge,
@@ -153,6 +158,39 @@ def test_reply_that_comes_in_pieces_is_whole():
         connection.recv(4096)
         for byte in encode_frame(Peeked(1, b"\1\0")):
             connection.sendall(bytes([byte]))
+        until_closed(connection)
+
+    with scripted_node(serve) as address, connect(address) as connection:
+        assert connection.request(Peek(connection.next_id(), KEYS), 5.0).present == b"\1\0"
+
+
+def test_request_larger_than_any_socket_buffer_arrives_whole():
+    keys = bytes(range(256)) * 512
+    received = []
+
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        reader = FrameReader(MAX_FRAME_BYTES)
+        for _ in range(100):
+            while (frame := reader.next_frame()) is None:
+                reader.feed(connection.recv(1000))
+            received.append(decode_from_client(frame))
+        connection.sendall(encode_frame(Peeked(100, bytes(8192))))
+
+    with scripted_node(serve) as address, connect(address) as connection:
+        sent = [Peek(number, keys) for number in range(1, 101)]
+        for message in sent:
+            connection.send(message, 10.0)
+        assert connection.receive(time.monotonic() + 10.0) == Peeked(100, bytes(8192))
+    assert received == sent
+
+
+def test_reply_that_is_not_quick_is_waited_for():
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        connection.recv(4096)
+        time.sleep(20 * PATIENCE_S)
+        connection.sendall(encode_frame(Peeked(1, b"\1\0")))
         until_closed(connection)
 
     with scripted_node(serve) as address, connect(address) as connection:

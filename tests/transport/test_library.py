@@ -10,10 +10,12 @@ from pathlib import Path
 
 import libucx
 import pytest
+from xxhash import _xxhash
 
 pytestmark = pytest.mark.timeout(60)
 
 WHEEL = Path(libucx.__file__).parent / "lib"
+NO_XXHASH = "import sys; sys.modules['xxhash'] = None\n"
 REPORT = """
 from polarkv_sglang.transport import Context, load_library
 from polarkv_sglang.errors import TransportError
@@ -41,6 +43,22 @@ def old_library(folder: Path) -> Path:
     flags = ["-shared", "-fPIC", "-Wl,-soname,libucp.so.0"]
     subprocess.run(["cc", *flags, source, "-o", folder / "libucp.so.0"], check=True, timeout=50)
     return folder
+
+
+def test_xxh3_comes_from_the_system_where_the_package_has_none(tmp_path):
+    shutil.copy(_xxhash.__file__, tmp_path / "libxxhash.so.0")
+    assert report(search=tmp_path, before=NO_XXHASH).startswith("wheel ")
+
+
+def test_an_xxh3_that_hashes_otherwise_is_refused(tmp_path):
+    source = tmp_path / "old.c"
+    source.write_text("unsigned long XXH3_64bits(const void *input, unsigned long length) { return length; }")
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libxxhash.so.0"]
+    subprocess.run(["cc", *flags, source, "-o", tmp_path / "libxxhash.so.0"], check=True, timeout=50)
+    error = report(search=tmp_path, before=NO_XXHASH)
+    assert error.startswith("refused: no usable XXH3")
+    assert "before 0.8" in error
+    assert "install xxhash" in error
 
 
 def test_an_explicit_path_comes_first(tmp_path):

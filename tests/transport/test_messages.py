@@ -17,6 +17,7 @@ from polarkv_sglang.transport.framing import (
     encode_frame,
     prove,
 )
+from polarkv_sglang.transport.shared import SharedHandle
 
 KEYS = bytes(range(48))
 U64 = m.pack_u64([1, 2, 2**64 - 1])
@@ -29,17 +30,44 @@ FROM_CLIENT = [
     m.Release(4),
     m.ReportCorrupt(KEYS, U64),
     m.Peek(5, KEYS),
-    m.Statistics(6),
-]
+    m.Renew(6, 4, 1.5),
+    m.Fetch(
+        7, KEYS, 1.0, b"worker", [b"one", b"two"], m.seal(b"worker", [b"one", b"two"]),
+        2, 2048, m.pack_u64(range(6)), m.pack_u64([0, 1, 0, 1, 0, 1]),
+    ),
+    m.Replicate(KEYS, "10.0.0.5:7411"),
+    m.View({"10.0.0.4:7411": "Connection refused"}),
+    m.Statistics(8),
+]  # fmt: skip
 FROM_NODE = [
     m.Challenge(1, bytes(16), True),
     m.Refused("because"),
     m.Welcome(bytes(16), b"worker", b"rkey", 2**63, 2**40, 2**26),
+    m.Welcome(bytes(16), b"worker", b"rkey", 0, 1, 1, SharedHandle(7, 3, 2**40, 2**40, "boot", 2**32)),
     m.Reserved(1, 2, U64, b"\0\1\2"),
     m.Committed(2, 3),
     m.Located(3, 4, U64, U64, U64, U64),
     m.Peeked(5, b"\1\0\1"),
+    m.Renewed(6, True),
+    m.Fetched(7, b"\0\1\2", U64, U64),
 ]
+
+
+def fetch(**changed: object) -> list[object]:
+    """The fields of a valid Fetch of three blocks in two pieces, but for what is changed."""
+    fields = {
+        "request_id": 1,
+        "keys": KEYS,
+        "timeout_s": 1.0,
+        "worker_address": b"worker",
+        "rkeys": [b"key"],
+        "seal": m.seal(b"worker", [b"key"]),
+        "pieces": 2,
+        "piece_bytes": 2048,
+        "target_blob": bytes(48),
+        "region_blob": bytes(48),
+    }
+    return ["fetch", *(fields | changed).values()]
 
 
 @pytest.mark.parametrize("message", FROM_CLIENT, ids=lambda message: type(message).__name__)
@@ -109,6 +137,18 @@ def test_frame_over_the_limit_is_refused_from_its_header():
         (["reserve", 1, KEYS, KEYS, 0], ">= 1"),
         (["commit", 1, 1, b"\1", b""], "column"),
         (["report_corrupt", KEYS, bytes(8)], "column"),
+        (["renew", 1, 4, 0.0], "above 0"),
+        (["replicate", bytes(17), "10.0.0.5:7411"], "whole keys"),
+        (["view", {f"node {number}": "out" for number in range(m.MAX_VIEW_NODES + 1)}], "<= 1024"),
+        (["view", {"10.0.0.4:7411": "x" * 513}], "<= 512"),
+        (fetch(timeout_s=-1.0), "above 0"),
+        (fetch(target_blob=bytes(8)), "column"),
+        (fetch(region_blob=m.pack_u64([0, 1] * 3)), "not among the 1 rkeys"),
+        (fetch(rkeys=[]), ">= 1"),
+        (fetch(rkeys=[b"key"] * 65), "<= 64"),
+        (fetch(rkeys=[b"other"]), "seal"),
+        (fetch(worker_address=b"worke"), "seal"),
+        (fetch(pieces=2**17), "ask for fewer keys"),
         (["hello", 1, "queen", "engine", bytes(16)], "queen"),
         (["steal", 1], "steal"),
     ],
@@ -139,3 +179,15 @@ def test_proof_depends_on_the_token_and_on_both_nonces():
         for b in (b"3" * 16, b"4" * 16)
     }
     assert len(macs) == 8
+
+
+def test_seal_depends_on_every_byte_and_on_where_the_parts_end():
+    parts = [
+        (b"ab", [b"c"]),
+        (b"a", [b"bc"]),
+        (b"abc", []),
+        (b"abc", [b""]),
+        (b"ab", [b"d"]),
+        (b"ac", [b"c"]),
+    ]
+    assert len({m.seal(address, rkeys) for address, rkeys in parts}) == len(parts)

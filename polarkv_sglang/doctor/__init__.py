@@ -1,0 +1,1 @@
+"""What ``polarkv doctor`` looks at on this host and in the pool, one module per part."""

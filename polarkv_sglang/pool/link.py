@@ -1,0 +1,133 @@
+"""Lanes and links: how one kind of work of a rank reaches the memory nodes."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from polarkv_sglang.errors import TransportError
+from polarkv_sglang.transport import Context, Direction, Mapped, RemoteKey, Worker, attach
+from polarkv_sglang.transport.control import ControlConnection
+from polarkv_sglang.transport.messages import Welcome
+
+_PROBE_BYTES = 64
+
+
+class Link(NamedTuple):
+    """One lane's way to one memory node."""
+
+    address: str
+    control: ControlConnection
+    route: RemoteKey | Mapped | None  # to its slab, over UCX or in our address space
+    pushed: bool = False  # no route: its transport emulates gets, so the node puts what we read
+
+    @property
+    def failed(self) -> str | None:
+        """Why UCX cannot use the link any more, or None. A mapped slab outlives its node."""
+        return self.route.endpoint.failed if isinstance(self.route, RemoteKey) else None
+
+    def close(self) -> None:
+        """Give it up; nothing may be in flight on it."""
+        self.control.close()
+        if isinstance(self.route, RemoteKey):
+            self.route.endpoint.close(force=True)
+        elif self.route is not None:
+            self.route.close()
+
+
+class Lane:
+    """Links to all memory nodes for one kind of work, ``reads`` or writes; lanes never wait for each other.
+
+    ``lock`` is held for a whole batch, and by the connector while it adds or drops a link: a UCX worker
+    belongs to one thread at a time.
+    """
+
+    def __init__(self, context: Context | None, *, reads: bool) -> None:
+        """Without ``context`` the lane moves no data."""
+        self._reads = reads
+        self.lock = threading.Lock()
+        self._context = context
+        self.worker = Worker(context) if context is not None else None
+        self.links: dict[str, Link] = {}
+        self._probe = np.zeros(_PROBE_BYTES, np.uint8)
+        if context is not None:
+            self._probe_memory = context.register(self._probe.ctypes.data, self._probe.nbytes)
+
+    def add(self, address: str, control: ControlConnection, deadline_s: float) -> None:
+        """Take a connection into use; TransportError if its memory cannot be reached in time."""
+        with self.lock:
+            route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
+            pushed = self._reads and isinstance(route, RemoteKey) and route.endpoint.emulates_get
+            if pushed and isinstance(route, RemoteKey):
+                route.endpoint.close(force=True)
+                route = None
+            self.drop(address)
+            self.links[address] = Link(address, control, route, pushed)
+
+    def drop(self, address: str) -> None:
+        """Give a link up; the caller holds ``lock``. No batch is under way, so nothing is in flight on it."""
+        link = self.links.pop(address, None)
+        if link is not None:
+            link.close()
+
+    def replace_worker(self) -> list[str]:
+        """Stop UCX from touching our memory: closing the worker makes it let go. Hold ``lock``.
+
+        Links without an endpoint live on; the addresses of the others, which are dropped, are returned.
+        """
+        if self.worker is None or self._context is None:
+            return []
+        dropped = [address for address, link in self.links.items() if isinstance(link.route, RemoteKey)]
+        for address in dropped:
+            self.drop(address)
+        old, self.worker = self.worker, Worker(self._context)
+        old.close()
+        return dropped
+
+    def close(self) -> None:
+        """Close all links and the worker."""
+        with self.lock:
+            for address in list(self.links):
+                self.drop(address)
+            if self.worker is not None:
+                self.worker.close()
+
+    def _reach(self, welcome: Welcome, deadline_s: float) -> RemoteKey | Mapped:
+        assert self._context is not None
+        assert self.worker is not None
+        if welcome.shared is not None and self._context.shares_memory:
+            mapped = attach(welcome.shared, welcome.base_address)
+            if mapped is not None:
+                return mapped
+        endpoint = self.worker.connect(welcome.worker_address)
+        try:
+            key = endpoint.unpack(welcome.rkey)
+        except TransportError:
+            endpoint.close(force=True)
+            raise
+        self._read_a_little(key, welcome.base_address, deadline_s)
+        return key
+
+    def _read_a_little(self, key: RemoteKey, remote: int, deadline_s: float) -> None:
+        """UCX sets an endpoint up at its first operation: have that done, and seen to work, in time."""
+        assert self.worker is not None
+        try:
+            done = self.worker.transfer(
+                Direction.GET,
+                [key],
+                np.zeros(1, np.uint32),
+                np.array([remote], np.uint64),
+                np.array([[self._probe.ctypes.data]], np.uint64),
+                _PROBE_BYTES,
+                [self._probe_memory],
+                deadline_s,
+            )
+        except TransportError:
+            self.replace_worker()
+            raise
+        if done.status.any():
+            reason = key.endpoint.failed or "no answer in time"
+            key.endpoint.close(force=True)
+            raise TransportError(f"its memory cannot be read over UCX: {reason}")

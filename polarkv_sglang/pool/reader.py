@@ -1,0 +1,241 @@
+"""Reading blocks: find them under leases, move them, check them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, blob, leading
+from polarkv_sglang.pool.heat import HotStripes
+from polarkv_sglang.pool.link import Lane, Link
+from polarkv_sglang.pool.membership import Membership
+from polarkv_sglang.pool.memory import LocalMemory
+from polarkv_sglang.pool.placement import ranking
+from polarkv_sglang.pool.requests import Requests, Route
+from polarkv_sglang.pool.routes import Part, move, route_blocks, usable_nodes
+from polarkv_sglang.transport import DRAIN_S, Direction, Library, checksums
+from polarkv_sglang.transport.messages import (
+    Fetch,
+    Fetched,
+    FetchState,
+    Locate,
+    Located,
+    Release,
+    Replicate,
+    ReportCorrupt,
+    pack_u64,
+    seal,
+    unpack_u64,
+)
+
+logger = logging.getLogger(__name__)
+
+# Of a batch's deadline, when its steps have to have ended: a node that freezes in one of them must not take
+# the time of the others for the next. Where there are copies to turn to, the first look ends sooner.
+_FIND_BY = 0.5
+_FIND_FIRST_BY = 0.25
+_FETCH_BY = 0.8
+
+
+class _Batch(NamedTuple):
+    """What one call reads."""
+
+    chain: Chain
+    pieces: Pieces
+    nodes: Mapping[str, int]  # over which its stripes are ranked, also when one of them fails meanwhile
+    started: float  # time.monotonic
+
+
+class _Found(NamedTuple):
+    """Blocks of one memory node: leased and to be got, or put into our memory by the node."""
+
+    link: Link
+    lease: int  # 0: none of ours
+    blocks: Blocks
+    addresses: npt.NDArray[np.uint64] | None  # in the node; None: the bytes are here already
+    checksums: npt.NDArray[np.uint64]
+    generations: npt.NDArray[np.uint64]
+
+
+class Reader:
+    """Reads over one lane; the caller holds its lock and is one thread at a time."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        membership: Membership,
+        requests: Requests,
+        memory: LocalMemory,
+        library: Library,
+        *,
+        deadline_s: float,
+        copies: int,
+        on_corrupt: Callable[[int], None],
+    ) -> None:
+        self._lane = lane
+        self._membership = membership
+        self._requests = requests
+        self._memory = memory
+        self._library = library
+        self._deadline_s = deadline_s
+        # Until a transfer that is given up at its deadline can touch nothing any more.
+        self._lease_s = 2 * (deadline_s + DRAIN_S)
+        self._copies = copies
+        self._heat = HotStripes()
+        self._on_corrupt = on_corrupt
+
+    def read(self, chain: Chain, pieces: Pieces) -> npt.NDArray[np.bool_]:
+        """See ``PoolClient.get``."""
+        nodes = usable_nodes(self._lane, self._membership.live)
+        batch = _Batch(chain, pieces, nodes, time.monotonic())
+        located = np.zeros(len(chain), bool)
+        found: list[_Found] = []
+        for place in range(self._copies):
+            for part in self._find(batch, np.flatnonzero(~located), place):
+                located[part.blocks] = True
+                found.append(part)
+        end = leading(located)
+        done = self._take(batch, [_head(part, end) for part in found])
+        lost = np.flatnonzero(~done[:end])
+        if len(lost) and self._copies > 1:  # their node failed since
+            again = self._find(batch, lost, 1)
+            done |= self._take(batch, again)
+            found += again
+        for part in found:
+            if part.lease:
+                self._requests.tell(self._lane, part.link, Release(part.lease))
+        if self._copies > 1:
+            self._spread(chain, found, done)
+        return done
+
+    def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
+        """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
+        routes = route_blocks(self._lane, batch.nodes, batch.chain, blocks, place)
+        fetch_by = batch.started + _FETCH_BY * self._deadline_s
+        fetching = self._requests.send(
+            self._lane,
+            [route for route in routes if route.link.pushed],
+            lambda link, wanted: self._fetch(batch, link, wanted, fetch_by),
+            fetch_by,
+        )
+        share = _FIND_FIRST_BY if place == 0 and self._copies > 1 else _FIND_BY
+        find_by = batch.started + share * self._deadline_s
+        locating = self._requests.send(
+            self._lane,
+            [route for route in routes if not route.link.pushed],
+            lambda link, wanted: Locate(
+                link.control.next_id(), blob(batch.chain.keys, wanted), self._lease_s
+            ),
+            find_by,
+        )
+        located = self._requests.collect(self._lane, locating, Located, find_by)
+        found = [_located(route, reply, batch.pieces.block_bytes) for route, reply in located if reply.lease]
+        fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
+        return found + [_fetched(route, reply) for route, reply in fetched]
+
+    def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
+        assert self._lane.worker is not None
+        targets = batch.pieces.addresses[blocks]
+        worker_address, rkeys = self._lane.worker.address, self._memory.rkeys()
+        return Fetch(
+            request_id=link.control.next_id(),
+            keys=blob(batch.chain.keys, blocks),
+            timeout_s=max(0.001, by - time.monotonic()),
+            worker_address=worker_address,
+            rkeys=rkeys,
+            seal=seal(worker_address, rkeys),
+            pieces=targets.shape[1],
+            piece_bytes=batch.pieces.piece_bytes,
+            target_blob=targets.astype("<u8").tobytes(),
+            region_blob=self._memory.locate(targets).astype("<u8").tobytes(),
+        )
+
+    def _take(self, batch: _Batch, found: list[_Found]) -> npt.NDArray[np.bool_]:
+        """Get what has not arrived, check everything; a mask over the chain of what is right."""
+        chain, pieces = batch.chain, batch.pieces
+        leased = [
+            Part(part.link, part.blocks, part.addresses) for part in found if part.addresses is not None
+        ]
+        deadline = batch.started + self._deadline_s
+        moved = move(self._lane, Direction.GET, self._memory, pieces, leased, deadline, self._requests)
+        done = np.zeros(len(chain), bool)
+        for part in found:
+            arrived = np.ones(len(part.blocks), bool)
+            if part.addresses is None:
+                sums = checksums(self._library, pieces.addresses[part.blocks], pieces.piece_bytes)
+            else:
+                arrived, sums = moved.arrived[part.blocks], moved.checksums[part.blocks]
+            right = sums == part.checksums
+            done[part.blocks] = arrived & right
+            for position in np.flatnonzero(arrived & ~right).tolist():
+                self._report(chain.keys[part.blocks[position]], part.link, int(part.generations[position]))
+        return done
+
+    def _report(self, key: bytes, link: Link, generation: int) -> None:
+        """A block is not what was written."""
+        self._on_corrupt(1)
+        logger.error(
+            "PolarKV: block %s from %s has a wrong checksum; it is dropped from the pool",
+            key.hex(),
+            link.address,
+        )
+        self._requests.tell(self._lane, link, ReportCorrupt(key, pack_u64([generation])))
+
+    def _spread(self, chain: Chain, found: list[_Found], done: npt.NDArray[np.bool_]) -> None:
+        """Have nodes copy what is read often, and what was read away from home, to where it belongs."""
+        stripes: dict[bytes, tuple[Link, list[int]]] = {}
+        for part in found:
+            for block in part.blocks[done[part.blocks]].tolist():
+                stripes.setdefault(chain.anchors[block], (part.link, []))[1].append(block)
+        hot = self._heat.count(stripes)
+        copying: dict[tuple[str, str], list[int]] = {}
+        for anchor, (link, blocks) in stripes.items():
+            nodes = ranking(anchor, self._membership.live, self._copies)
+            if anchor in hot or (nodes and link.address != nodes[0]):
+                for node in nodes:
+                    if node != link.address:
+                        copying.setdefault((link.address, node), []).extend(blocks)
+        for (source, target), blocks in copying.items():
+            if source in self._lane.links:
+                keys = blob(chain.keys, np.array(blocks))
+                self._requests.tell(self._lane, self._lane.links[source], Replicate(keys, target))
+
+
+def _located(route: Route, reply: Located, block_bytes: int) -> _Found:
+    hits = unpack_u64(reply.length_blob) == block_bytes
+    return _Found(
+        route.link,
+        reply.lease,
+        route.blocks[hits],
+        unpack_u64(reply.address_blob)[hits],
+        unpack_u64(reply.checksum_blob)[hits],
+        unpack_u64(reply.generation_blob)[hits],
+    )
+
+
+def _fetched(route: Route, reply: Fetched) -> _Found:
+    sent = np.frombuffer(reply.states, np.uint8) == FetchState.SENT
+    return _Found(
+        route.link,
+        0,
+        route.blocks[sent],
+        None,
+        unpack_u64(reply.checksum_blob)[sent],
+        unpack_u64(reply.generation_blob)[sent],
+    )
+
+
+def _head(part: _Found, end: int) -> _Found:
+    """The blocks of a part that lie before position ``end`` of the chain."""
+    kept = part.blocks < end
+    return part._replace(
+        blocks=part.blocks[kept],
+        addresses=part.addresses[kept] if part.addresses is not None else None,
+        checksums=part.checksums[kept],
+        generations=part.generations[kept],
+    )

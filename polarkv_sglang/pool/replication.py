@@ -1,0 +1,105 @@
+"""A memory node copies blocks to other nodes when readers ask for it, off everybody's path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from polarkv_sglang.config import parse_address
+from polarkv_sglang.errors import ConfigError, TransportError
+from polarkv_sglang.pool.blocks import Chain, Pieces
+from polarkv_sglang.pool.client import PoolClient
+from polarkv_sglang.pool.index import Index, Lease
+from polarkv_sglang.pool.slab import SlabMemory
+from polarkv_sglang.transport.messages import MAX_LEASE_S
+
+_QUEUED_BLOCKS = 16384  # asked for and not yet copied; more are dropped, and asked for again if they are hot
+_TARGETS = 64  # memory nodes that we copy to
+_CONNECT_S = 5.0
+_OWNER = -1  # of our leases; sessions count from 0
+
+_logger = logging.getLogger(__name__)
+
+
+class _Job(NamedTuple):
+    target: str  # host:port
+    keys: list[bytes]
+
+
+class Replicator:
+    """Copies blocks of one node to others, one batch at a time. Used on the event loop's thread.
+
+    A copy is an ordinary put of a client: the target skips what it has, and evicts by its own policy.
+    """
+
+    def __init__(self, index: Index, memory: SlabMemory, connect: Callable[[str], PoolClient]) -> None:
+        """``connect`` makes a client of the node at an address, with our token and TLS."""
+        self._index = index
+        self._memory = memory
+        self._connect = connect
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._queued_blocks = 0
+        self._clients: dict[str, PoolClient] = {}
+        self.copied_blocks = 0
+
+    def submit(self, keys: Sequence[bytes], target: str) -> None:
+        """Copy these blocks to ``target`` some time; what we do not have or cannot queue is left out."""
+        if self._queued_blocks + len(keys) <= _QUEUED_BLOCKS:
+            self._queued_blocks += len(keys)
+            self._jobs.put_nowait(_Job(target, list(keys)))
+
+    async def run(self) -> None:
+        """Work until cancelled; a batch that is under way then is finished first."""
+        try:
+            while True:
+                job = await self._jobs.get()
+                self._queued_blocks -= len(job.keys)
+                lease = self._index.locate(_OWNER, job.keys, MAX_LEASE_S)
+                copying = asyncio.ensure_future(asyncio.to_thread(self._copy, job, self._groups(job, lease)))
+                try:
+                    self.copied_blocks += await asyncio.shield(copying)
+                except asyncio.CancelledError:
+                    await copying
+                    raise
+                except (ConfigError, TransportError) as error:
+                    _logger.warning("cannot copy blocks to %s: %s", job.target, error)
+                finally:
+                    self._index.release(_OWNER, lease.number)
+        finally:
+            for client in self._clients.values():
+                client.close()
+
+    def _groups(self, job: _Job, lease: Lease) -> list[tuple[list[bytes], list[bytes], Pieces]]:
+        """Keys, parents and places of the blocks that are here, by length."""
+        parents = self._index.describe(job.keys).parents
+        groups = []
+        for length in sorted(set(lease.lengths) - {0}):
+            places = [place for place, found in enumerate(lease.lengths) if found == length]
+            addresses = np.array([[lease.addresses[place]] for place in places], np.uint64)
+            groups.append(
+                (
+                    [job.keys[place] for place in places],
+                    [parents[place] for place in places],
+                    Pieces(addresses, length),
+                )
+            )
+        return groups
+
+    def _copy(self, job: _Job, groups: list[tuple[list[bytes], list[bytes], Pieces]]) -> int:
+        """Put blocks to the target; how many it took. Runs in a thread, one call at a time."""
+        client = self._clients.get(job.target)
+        if client is None:
+            parse_address(job.target)
+            if len(self._clients) == _TARGETS:
+                self._clients.pop(next(iter(self._clients))).close()
+            client = self._clients[job.target] = self._connect(job.target)
+            client.register(self._memory.base_address, self._memory.capacity_bytes)
+            client.membership.wait_tried(_CONNECT_S)
+        taken = 0
+        for keys, parents, pieces in groups:
+            taken += int(client.put(Chain(keys, parents, keys), pieces).sum())
+        return taken

@@ -1,0 +1,116 @@
+"""Requests to several memory nodes at once, and what to do about those that fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from polarkv_sglang.errors import NodeError
+from polarkv_sglang.pool.blocks import Blocks
+from polarkv_sglang.pool.link import Lane, Link
+from polarkv_sglang.transport.control import answers
+from polarkv_sglang.transport.messages import Answered, Message, Release, Replicate, ReportCorrupt
+
+ReplyT = TypeVar("ReplyT", bound=Message)
+
+_SEND_S = 0.001  # past its deadline a request may still be sent if the socket takes it
+
+
+class Route(NamedTuple):
+    """Blocks of a chain, in order, that one memory node is asked about."""
+
+    link: Link
+    blocks: Blocks
+
+
+class Sent(NamedTuple):
+    """A request whose reply is still to come."""
+
+    route: Route
+    message: Answered
+
+
+class Requests:
+    """Sends and collects requests over a lane whose lock the caller holds; a node that fails is left out.
+
+    A failed link is dropped from its lane and reported to ``on_failure`` with the node's address and why.
+    """
+
+    def __init__(self, on_failure: Callable[[str, str], None]) -> None:
+        self._on_failure = on_failure
+
+    def send(
+        self,
+        lane: Lane,
+        routes: Sequence[Route],
+        build: Callable[[Link, Blocks], Answered],
+        deadline: float,
+    ) -> list[Sent]:
+        """Send each node its request: they work at once."""
+        sent: list[Sent] = []
+        for route in routes:
+            message = build(route.link, route.blocks)
+            try:
+                route.link.control.send(message, max(_SEND_S, deadline - time.monotonic()))
+            except NodeError as error:
+                self.fail(lane, route.link, str(error))
+            else:
+                sent.append(Sent(route, message))
+        return sent
+
+    def collect(
+        self, lane: Lane, sent: Sequence[Sent], reply_type: type[ReplyT], deadline: float
+    ) -> list[tuple[Route, ReplyT]]:
+        """The replies that come by ``deadline`` (time.monotonic)."""
+        replies: list[tuple[Route, ReplyT]] = []
+        for (link, blocks), message in sent:
+            try:
+                reply = link.control.receive(deadline)
+            except NodeError as error:
+                self.fail(lane, link, str(error))
+                continue
+            if isinstance(reply, reply_type) and answers(reply, message):
+                replies.append((Route(link, blocks), reply))
+            else:
+                self.fail(lane, link, f"answered {type(message).__name__} with another message")
+        return replies
+
+    def collect_pushed(
+        self, lane: Lane, sent: Sequence[Sent], reply_type: type[ReplyT], deadline: float
+    ) -> list[tuple[Route, ReplyT]]:
+        """As ``collect``, for requests that make a node put into our memory: UCX needs progress for it.
+
+        If one of them does not answer, the lane's worker is replaced: what the node still sends then goes
+        nowhere.
+        """
+        replies: list[tuple[Route, ReplyT]] = []
+        waiting = list(sent)
+        while waiting and lane.worker is not None:
+            sockets = [request.route.link.control.fileno() for request in waiting]
+            ready = lane.worker.wait(sockets, max(0.0, deadline - time.monotonic()))
+            # Past the deadline none is ready, and collecting makes them fail.
+            replies += self.collect(lane, [waiting.pop(ready or 0)], reply_type, deadline)
+        if len(replies) < len(sent):
+            self.replace_worker(lane)
+        return replies
+
+    def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate) -> None:
+        """Send what has no reply, if the link still stands."""
+        if lane.links.get(link.address) is not link:
+            return
+        try:
+            link.control.send(message)
+        except NodeError as error:
+            self.fail(lane, link, str(error))
+
+    def fail(self, lane: Lane, link: Link, reason: str) -> None:
+        """Use a link no more."""
+        if lane.links.get(link.address) is link:
+            lane.drop(link.address)
+        self._on_failure(link.address, reason)
+
+    def replace_worker(self, lane: Lane) -> None:
+        """Make UCX let go of our memory; the nodes that were reached by its endpoints are linked anew."""
+        for address in lane.replace_worker():
+            self._on_failure(address, "shared a UCX worker with a node that failed")

@@ -1,0 +1,152 @@
+"""What is known of each block, in columns: a million objects would take several times the memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from polarkv_sglang.errors import PolarError
+from polarkv_sglang.identity import KEY_BYTES, NO_PARENT
+
+Rows = npt.NDArray[np.intp]
+_ONE = np.uint32(1)
+_NEVER = np.uint64(2**64 - 1)
+
+
+class Places(NamedTuple):
+    """Where blocks lie and what a reader of them must find; one number per row that was asked for."""
+
+    addresses: list[int]
+    lengths: list[int]
+    checksums: list[int]
+    generations: list[int]
+
+
+class BlockTable:
+    """Columns with one entry per row; a block keeps its row until it is discarded, then another may get it.
+
+    Row 0 is no block: its entries are 0, and so a look-up that finds nothing reads zeros there.
+
+    Columns have their full length from the start, and take memory only as far as rows were ever used: arrays
+    that grow, moved by the allocator again and again, would leave holes as large as themselves. The public
+    ones are views for single rows, where numpy's own access takes twice the time.
+    """
+
+    def __init__(self, max_blocks: int, scan_rows: int = 1 << 16) -> None:
+        """``scan_rows``: how many are looked through at a time, which bounds the memory that takes."""
+        rows = max_blocks + 1
+        self.keys = _KeyColumn(rows)
+        self.parents = _KeyColumn(rows)
+        self._addresses, self.addresses = _column(rows, np.uint64)  # of the slot
+        self._lengths, self.lengths = _column(rows, np.uint64)  # bytes
+        self._checksums, self.checksums = _column(rows, np.uint64)
+        # Never given twice by one node: equal means that nobody wrote here in between.
+        self._generations, self.generations = _column(rows, np.uint64)
+        # A tick, never given twice; 0: nobody may read this block (yet, or any more).
+        self._last_uses, self.last_uses = _column(rows, np.uint64)
+        self._leases, self.leases = _column(rows, np.uint32)
+        self._children, self.children = _column(rows, np.uint32)  # blocks that continue this one
+        self._free = _column(rows, np.uint32)[1]  # a stack
+        self._free_count = 0
+        self._scan_rows = scan_rows
+        self._used_rows = 1  # no row from here on was ever used
+
+    def add(self, key: bytes, parent: bytes, address: int, length: int, generation: int) -> int:
+        """The row of a new block that nobody may read yet."""
+        if self._free_count:
+            self._free_count -= 1
+            row: int = self._free[self._free_count]
+        else:
+            row = self._used_rows
+            self._used_rows += 1
+        self.keys[row] = key
+        self.parents[row] = parent
+        self.addresses[row] = address
+        self.lengths[row] = length
+        self.generations[row] = generation
+        return row
+
+    def discard(self, row: int) -> None:
+        """Forget a block that is neither leased nor continued."""
+        self.keys[row] = self.parents[row] = NO_PARENT
+        self.addresses[row] = self.lengths[row] = self.checksums[row] = 0
+        self.generations[row] = self.last_uses[row] = 0
+        self._free[self._free_count] = row
+        self._free_count += 1
+
+    def places(self, rows: Rows) -> Places:
+        """Of any rows."""
+        columns = (self._addresses, self._lengths, self._checksums, self._generations)
+        return Places(*(column.take(rows).tolist() for column in columns))
+
+    def use(self, rows: Rows, tick: int) -> None:
+        """Used in ``tick`` and the ticks before it, the first row in the latest; row 0 is left out."""
+        self._last_uses[rows] = np.arange(tick, tick - rows.size, -1, dtype=np.uint64)
+        self.last_uses[0] = 0
+
+    def lease(self, rows: Rows) -> None:
+        """One lease more on each row, as often as it is named."""
+        np.add.at(self._leases, rows, _ONE)
+
+    def release(self, rows: Rows) -> None:
+        """Undo ``lease``."""
+        np.subtract.at(self._leases, rows, _ONE)
+
+    def oldest_leaves(self, after: int, count: int) -> list[tuple[int, int]]:
+        """See ``Leaves``."""
+        rows = np.empty(0, np.intp)
+        before = _NEVER
+        for start in range(0, self._used_rows, self._scan_rows):
+            part = slice(start, min(start + self._scan_rows, self._used_rows))
+            last_uses = self._last_uses[part]
+            is_leaf = self._children[part] == 0
+            is_leaf &= last_uses > after  # and so above 0
+            is_leaf &= last_uses < before
+            rows = np.concatenate((rows, np.flatnonzero(is_leaf) + start))
+            if rows.size >= count:
+                last_uses = self._last_uses[rows]
+                first = np.argpartition(last_uses, count - 1)[:count]
+                rows, before = rows[first], last_uses[first[-1]]
+        return sorted(zip(self._last_uses[rows].tolist(), rows.tolist()))
+
+    def check_integrity(self, in_use: Collection[int]) -> None:
+        """PolarError unless exactly these rows, each named once, are in use, and all others are blank."""
+        free = self._free[: self._free_count].tolist()
+        _require(sorted([0, *in_use, *free]) == list(range(self._used_rows)), "a row is lost or used twice")
+        columns = (self.addresses, self.lengths, self.checksums, self.generations, self.last_uses)
+        for row in (0, *free):
+            entries = [column[row] for column in (*columns, self.leases, self.children)]
+            _require(not any(entries), f"row {row} of no block is not blank")
+            _require(self.keys[row] == self.parents[row] == NO_PARENT, f"row {row} of no block has a name")
+
+
+class _KeyColumn:
+    """Keys in one mapping; as objects of their own they would take four times the memory."""
+
+    __slots__ = ("_mapping",)
+
+    def __init__(self, rows: int) -> None:
+        self._mapping = mmap.mmap(-1, rows * KEY_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._mapping[row * KEY_BYTES : (row + 1) * KEY_BYTES]
+
+    def __setitem__(self, row: int, key: bytes) -> None:
+        self._mapping[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
+
+
+def _column(
+    rows: int, dtype: type[np.uint32 | np.uint64]
+) -> tuple[npt.NDArray[np.unsignedinteger], memoryview]:
+    """Zeros, for many rows at once and for single ones."""
+    array = np.zeros(rows, dtype)
+    return array, array.data
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise PolarError(f"the block table is inconsistent: {text}")

@@ -1,0 +1,122 @@
+"""Writing blocks: reserve slots, move the bytes, commit."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from polarkv_sglang.pool.blocks import Chain, Pieces, blob
+from polarkv_sglang.pool.link import Lane, Link
+from polarkv_sglang.pool.membership import Membership
+from polarkv_sglang.pool.memory import LocalMemory
+from polarkv_sglang.pool.requests import Requests, Route
+from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
+from polarkv_sglang.transport import Direction
+from polarkv_sglang.transport.messages import (
+    Commit,
+    Committed,
+    KeyState,
+    Reserve,
+    Reserved,
+    unpack_u64,
+)
+
+# Of a batch's deadline, when its steps have to have ended, as in reading.
+_RESERVE_BY = 0.5
+_MOVE_BY = 0.8
+
+
+class Written(NamedTuple):
+    """Masks over a chain."""
+
+    present: npt.NDArray[np.bool_]  # the pool had it, or was getting it from another
+    written: npt.NDArray[np.bool_]
+
+
+class Writer:
+    """Writes over one lane; the caller holds its lock and is one thread at a time."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        membership: Membership,
+        requests: Requests,
+        memory: LocalMemory,
+        *,
+        deadline_s: float,
+    ) -> None:
+        self._lane = lane
+        self._membership = membership
+        self._requests = requests
+        self._memory = memory
+        self._deadline_s = deadline_s
+
+    def write(self, chain: Chain, pieces: Pieces) -> Written:
+        """See ``PoolClient.put``."""
+        started = time.monotonic()
+        present = np.zeros(len(chain), bool)
+        reserved: dict[str, tuple[int, Part]] = {}  # by node
+        for route, reply in self._reserve(chain, pieces, started + _RESERVE_BY * self._deadline_s):
+            states = np.frombuffer(reply.states, np.uint8)
+            present[route.blocks] = (states == KeyState.PRESENT) | (states == KeyState.BUSY)
+            ours = states == KeyState.RESERVED
+            if ours.any():
+                addresses = unpack_u64(reply.address_blob)[ours]
+                part = Part(route.link, route.blocks[ours], addresses)
+                reserved[route.link.address] = (reply.reservation, part)
+        moved = move(
+            self._lane,
+            Direction.PUT,
+            self._memory,
+            pieces,
+            [part for _, part in reserved.values()],
+            started + _MOVE_BY * self._deadline_s,
+            self._requests,
+        )
+        written = np.zeros(len(chain), bool)
+        for route in self._commit(reserved, moved, started + self._deadline_s):
+            written[route.blocks] = moved.arrived[route.blocks]
+        return Written(present, written)
+
+    def _reserve(self, chain: Chain, pieces: Pieces, by: float) -> list[tuple[Route, Reserved]]:
+        sent = self._requests.send(
+            self._lane,
+            route_blocks(
+                self._lane,
+                usable_nodes(self._lane, self._membership.live),
+                chain,
+                np.arange(len(chain)),
+            ),
+            lambda link, blocks: Reserve(
+                link.control.next_id(),
+                blob(chain.keys, blocks),
+                blob(chain.parents, blocks),
+                pieces.block_bytes,
+            ),
+            by,
+        )
+        return self._requests.collect(self._lane, sent, Reserved, by)
+
+    def _commit(self, reserved: dict[str, tuple[int, Part]], moved: Moved, by: float) -> list[Route]:
+        """Make visible what arrived; the routes whose nodes have done so."""
+
+        def commit(link: Link, blocks: npt.NDArray[np.intp]) -> Commit:
+            return Commit(
+                link.control.next_id(),
+                reserved[link.address][0],
+                moved.arrived[blocks].astype(np.uint8).tobytes(),
+                moved.checksums[blocks].astype("<u8").tobytes(),
+            )
+
+        # A link that failed in the transfer is gone from the lane: its reservation expires by itself,
+        # since a late put may still reach the slots.
+        standing = [
+            Route(part.link, part.blocks)
+            for node, (_, part) in reserved.items()
+            if self._lane.links.get(node) is part.link
+        ]
+        sent = self._requests.send(self._lane, standing, commit, by)
+        return [route for route, _ in self._requests.collect(self._lane, sent, Committed, by)]

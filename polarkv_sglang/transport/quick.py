@@ -1,0 +1,62 @@
+"""Socket calls that keep the GIL.
+
+Python's own give it up whatever they do, and beside a busy Python thread getting it back takes a switch
+interval (5 ms): fifty times what a memory node needs to answer. These last for microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import time
+
+_libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the GIL
+_send = _libc.send
+_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_send.restype = ctypes.c_ssize_t
+_recv = _libc.recv
+_recv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_recv.restype = ctypes.c_ssize_t
+_sched_yield = _libc.sched_yield
+_NOT_NOW = (errno.EAGAIN, errno.EINTR)
+
+
+class QuickSocket:
+    """The quick calls on one connected socket; its owner closes it."""
+
+    def __init__(self, sock: socket.socket, buffer_bytes: int) -> None:
+        self._fd = sock.fileno()
+        self._buffer = bytearray(buffer_bytes)
+        self._view = memoryview(self._buffer)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+
+    def send(self, data: bytes) -> int:
+        """How many bytes the socket's buffer took, without waiting. Raises OSError."""
+        return _result(_send(self._fd, data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)) or 0
+
+    def receive(self, patience_s: float) -> memoryview | None:
+        """What has arrived, or does within ``patience_s``; empty at the end, None if nothing did.
+
+        Valid until the next call. Raises OSError.
+        """
+        until = time.monotonic() + patience_s
+        while (size := self._receive_now()) is None:
+            if time.monotonic() >= until:
+                return None
+            _sched_yield()  # the node may be waiting for this very core
+        return self._view[:size]
+
+    def _receive_now(self) -> int | None:
+        return _result(_recv(self._fd, self._address, len(self._buffer), socket.MSG_DONTWAIT))
+
+
+def _result(returned: int) -> int | None:
+    """What a call returned, None if it would have had to wait."""
+    if returned >= 0:
+        return returned
+    number = ctypes.get_errno()
+    if number in _NOT_NOW:
+        return None
+    raise OSError(number, os.strerror(number))
