@@ -78,7 +78,8 @@ class Context:
         library.check(ucp.ucp_config_read(ffi.NULL, ffi.NULL, config), "read its configuration")
         try:
             # With rendezvous, peer error handling makes UCX give up CMA and emulate everything over TCP.
-            settings = {"RNDV_THRESH": "inf"} | ({} if tls is None else {"TLS": tls})
+            # A connect that blocks does so for minutes where a link is down, in the middle of a batch.
+            settings = {"RNDV_THRESH": "inf", "TCP_CONN_NB": "y"} | ({} if tls is None else {"TLS": tls})
             if loopback and "UCX_NET_DEVICES" not in os.environ:
                 settings["NET_DEVICES"] = _LOOPBACK
             for name, value in settings.items():
