@@ -1,13 +1,15 @@
 # make demo   sets everything up and runs the demo     make test   sets everything up and runs checks and tests
+# make soak   an engine and a pool under faults for some minutes; SOAK="--requests 200 --seed 7" for another run
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+SOAK ?=
 
 # Setup is redone when the content of any of these changes, not when a checkout touches their dates.
 SETUP_INPUTS := pyproject.toml constraints.txt $(wildcard polarkv_sglang/transport/*.[ch])
 STAMP := $(VENV)/.setup-$(shell cat $(SETUP_INPUTS) | sha256sum | cut -c1-16)
 
-.PHONY: setup demo test test-full lint format clean
+.PHONY: setup demo test test-full soak lint format clean
 
 setup: $(STAMP)
 
@@ -37,6 +39,9 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest
+
+soak: setup
+	$(BIN)/python -m tests.faults.soak $(SOAK)
 
 clean:
 	rm -rf $(VENV) models demo.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

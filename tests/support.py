@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import NodeStatistics, Role, Statistics
@@ -63,14 +66,24 @@ def running_node(
     token: str | None = None,
     listen: str = "127.0.0.1:0",
     environment: Mapping[str, str] | None = None,
+    launcher: Sequence[str] = (),
+    log: Path | None = None,
 ) -> Iterator[RunningNode]:
-    """The real ``polarkv node``; killed at the end if it still runs. Its stderr goes to the test's."""
+    """The real ``polarkv node``; killed at the end if it still runs.
+
+    ``launcher`` is a command that starts it in its own place (it must exec). Its stderr is appended to
+    ``log``, or goes to the test's.
+    """
     environ = {**os.environ, **(environment or {})}
     environ.pop("POLARKV_TOKEN", None)
     if token is not None:
         environ["POLARKV_TOKEN"] = token
-    command = [sys.executable, "-m", "polarkv_sglang.cli", "node", "--listen", listen, "--capacity", capacity]
-    with subprocess.Popen([*command, *flags], env=environ, stdout=subprocess.PIPE, text=True) as process:
+    command = [*launcher, sys.executable, "-m", "polarkv_sglang.cli"]
+    command += ["node", "--listen", listen, "--capacity", capacity, *flags]
+    with (
+        contextlib.nullcontext() if log is None else log.open("a") as stderr,
+        subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
         # Ends the blocking readline below if the node hangs.
         watchdog = threading.Timer(START_S, process.kill)
         watchdog.start()
@@ -86,3 +99,12 @@ def running_node(
         finally:
             watchdog.cancel()
             process.kill()
+
+
+def free_port() -> int:
+    """A port for a server that starts later, or again: below those that the kernel gives to others."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -120,16 +120,18 @@ class PoolClient:
 
     def peek(self, chain: Chain) -> int:
         """How many blocks at the head of the chain are in the pool; they are neither touched nor leased."""
-        deadline = time.monotonic() + self.deadline_s
         present = np.zeros(len(chain), bool)
         with self._peek_lane.lock:
+            started = time.monotonic()
             # A chain can be longer than a request may be; a part only matters if those before it are whole.
             for start in range(0, len(chain), MAX_KEYS):
                 part = np.arange(start, min(start + MAX_KEYS, len(chain)))
                 nodes = usable_nodes(self._peek_lane, self.membership.live)
                 for place in range(self._copies):
                     routes = route_blocks(self._peek_lane, nodes, chain, part[~present[part]], place)
-                    self._peek(chain, routes, deadline, present)
+                    # A node that does not answer must not take the time of the next.
+                    share = (place + 1) / self._copies
+                    self._peek(chain, routes, started + share * self.deadline_s, present)
                 if not present[part].all():
                     break
         return leading(present)
@@ -149,11 +151,16 @@ class PoolClient:
             self._count(get_s=time.monotonic() - started)
         return done
 
-    def put(self, chain: Chain, pieces: Pieces) -> npt.NDArray[np.bool_]:
-        """Write blocks from ``pieces``; True where the pool has the block, or is getting it from another."""
+    def put(
+        self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Write blocks from ``pieces``; True where the pool has the block, or is getting it from another.
+
+        Where ``checksums`` are given, one per block, bytes that do not have theirs are not stored.
+        """
         started = time.monotonic()
         with self._put_lane.lock:
-            done = self._writer.write(chain, pieces)
+            done = self._writer.write(chain, pieces, checksums)
         count, present = int(done.written.sum()), int(done.present.sum())
         self._count(put_blocks=count, put_bytes=count * pieces.block_bytes, present_blocks=present)
         if count:

@@ -82,8 +82,8 @@ class Lane:
         dropped = [address for address, link in self.links.items() if isinstance(link.route, RemoteKey)]
         for address in dropped:
             self.drop(address)
-        old, self.worker = self.worker, Worker(self._context)
-        old.close()
+        self.worker.close()
+        self.worker = Worker(self._context)
         return dropped
 
     def close(self) -> None:

@@ -106,13 +106,17 @@ class Membership:
     def _run(self) -> None:
         reload_at = time.monotonic() + WATCH_INTERVAL_S
         while (address := self._next(reload_at)) is not None:
-            if address == "":
-                reload_at = time.monotonic() + WATCH_INTERVAL_S
-                self._follow_list()
-            elif address in self._live:
-                self._watch(address)
-            else:
-                self._try(address)
+            try:
+                if address == "":
+                    reload_at = time.monotonic() + WATCH_INTERVAL_S
+                    self._follow_list()
+                elif address in self._live:
+                    self._watch(address)
+                else:
+                    self._try(address)
+            except Exception:  # without this thread no node would ever come back
+                logger.exception("PolarKV: a look at memory node %s failed", address)
+                self._postpone(address)
         for watch in self._watches.values():
             watch.close()
 
@@ -127,7 +131,16 @@ class Membership:
                 self._changed.wait(at - now)
             return None
 
+    def _postpone(self, address: str) -> None:
+        with self._changed:
+            if address in self._due:
+                self._due[address] = _Due(time.monotonic() + _LAST_RETRY_S, _LAST_RETRY_S)
+                self._tried.add(address)
+                self._changed.notify_all()
+
     def _try(self, address: str) -> None:
+        # What other lanes still hold of it: a mapping would keep a dead node's memory.
+        self._drop(address)
         try:
             capacity = self._link(address)
         except PolarError as error:
@@ -164,6 +177,9 @@ class Membership:
 
     def _watch(self, address: str) -> None:
         """See whether a node in use still answers, and tell it which ones do not."""
+        if any(address not in lane.links for lane in self._lanes):
+            self.down(address, "a lane has lost its link to it")  # beside the failure of another node
+            return
         watch = self._watches[address]
         out = {node: reason[:_REASON_CHARACTERS] for node, reason in self.reasons().items()}
         try:
@@ -175,6 +191,11 @@ class Membership:
         with self._changed:
             if address in self._live:
                 self._due[address] = _Due(time.monotonic() + WATCH_INTERVAL_S, _FIRST_RETRY_S)
+
+    def _drop(self, address: str) -> None:
+        for lane in self._lanes:
+            with lane.lock:
+                lane.drop(address)
 
     def _unwatch(self, address: str) -> None:
         watch = self._watches.pop(address, None)
@@ -197,9 +218,7 @@ class Membership:
             )
             self._changed.notify_all()
         for address in gone:
-            for lane in self._lanes:
-                with lane.lock:
-                    lane.drop(address)
+            self._drop(address)
             self._unwatch(address)
         logger.info("PolarKV: the memory nodes are now %s", ", ".join(listed) or "none")
 

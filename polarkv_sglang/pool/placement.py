@@ -20,7 +20,7 @@ def ranking(anchor: bytes, capacities: Mapping[str, int], count: int) -> list[st
 
     def score(address: str) -> float:
         drawn = xxhash.xxh3_64_intdigest(anchor, seed=xxhash.xxh3_64_intdigest(address.encode()))
-        return -capacities[address] / math.log((drawn + 0.5) / 2**64)
+        return -capacities[address] / min(math.log((drawn + 0.5) / 2**64), -(2.0**-64))  # never 0
 
     if count == 1:
         return [max(capacities, key=score)]

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _FIND_BY = 0.5
 _FIND_FIRST_BY = 0.25
 _FETCH_BY = 0.8
+_FETCH_FIRST_BY = 0.4
 
 
 class _Batch(NamedTuple):
@@ -116,14 +117,15 @@ class Reader:
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
         """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
         routes = route_blocks(self._lane, batch.nodes, batch.chain, blocks, place)
-        fetch_by = batch.started + _FETCH_BY * self._deadline_s
+        first_of_several = place == 0 and self._copies > 1
+        fetch_by = batch.started + (_FETCH_FIRST_BY if first_of_several else _FETCH_BY) * self._deadline_s
         fetching = self._requests.send(
             self._lane,
             [route for route in routes if route.link.pushed],
             lambda link, wanted: self._fetch(batch, link, wanted, fetch_by),
             fetch_by,
         )
-        share = _FIND_FIRST_BY if place == 0 and self._copies > 1 else _FIND_BY
+        share = _FIND_FIRST_BY if first_of_several else _FIND_BY
         find_by = batch.started + share * self._deadline_s
         locating = self._requests.send(
             self._lane,
@@ -136,6 +138,8 @@ class Reader:
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, batch.pieces.block_bytes) for route, reply in located if reply.lease]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
+        if any(FetchState.FAILED in reply.states for _, reply in fetched):
+            self._requests.replace_worker(self._lane)  # what was put may still be under way
         return found + [_fetched(route, reply) for route, reply in fetched]
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from polarkv_sglang.config import parse_address
-from polarkv_sglang.errors import ConfigError, TransportError
 from polarkv_sglang.pool.blocks import Chain, Pieces
 from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.pool.index import Index, Lease
@@ -28,6 +28,14 @@ _logger = logging.getLogger(__name__)
 class _Job(NamedTuple):
     target: str  # host:port
     keys: list[bytes]
+
+
+class _Group(NamedTuple):
+    """Blocks of one length; they are copied only as they were written, whatever happened to them since."""
+
+    blocks: Chain
+    pieces: Pieces
+    checksums: npt.NDArray[np.uint64]
 
 
 class Replicator:
@@ -65,41 +73,45 @@ class Replicator:
                 except asyncio.CancelledError:
                     await copying
                     raise
-                except (ConfigError, TransportError) as error:
-                    _logger.warning("cannot copy blocks to %s: %s", job.target, error)
+                except Exception:  # one bad target must not end the copying to others
+                    _logger.exception("cannot copy blocks to %s", job.target)
                 finally:
                     self._index.release(_OWNER, lease.number)
         finally:
-            for client in self._clients.values():
-                client.close()
+            await asyncio.gather(
+                *(asyncio.to_thread(client.close) for client in self._clients.values()),
+                return_exceptions=True,
+            )
 
-    def _groups(self, job: _Job, lease: Lease) -> list[tuple[list[bytes], list[bytes], Pieces]]:
-        """Keys, parents and places of the blocks that are here, by length."""
+    def _groups(self, job: _Job, lease: Lease) -> list[_Group]:
+        """The blocks that are here, by length."""
         parents = self._index.describe(job.keys).parents
         groups = []
         for length in sorted(set(lease.lengths) - {0}):
             places = [place for place, found in enumerate(lease.lengths) if found == length]
             addresses = np.array([[lease.addresses[place]] for place in places], np.uint64)
-            groups.append(
-                (
-                    [job.keys[place] for place in places],
-                    [parents[place] for place in places],
-                    Pieces(addresses, length),
-                )
-            )
+            keys = [job.keys[place] for place in places]
+            blocks = Chain(keys, [parents[place] for place in places], keys)
+            checksums = np.array([lease.checksums[place] for place in places], np.uint64)
+            groups.append(_Group(blocks, Pieces(addresses, length), checksums))
         return groups
 
-    def _copy(self, job: _Job, groups: list[tuple[list[bytes], list[bytes], Pieces]]) -> int:
+    def _copy(self, job: _Job, groups: list[_Group]) -> int:
         """Put blocks to the target; how many it took. Runs in a thread, one call at a time."""
         client = self._clients.get(job.target)
         if client is None:
             parse_address(job.target)
             if len(self._clients) == _TARGETS:
                 self._clients.pop(next(iter(self._clients))).close()
-            client = self._clients[job.target] = self._connect(job.target)
-            client.register(self._memory.base_address, self._memory.capacity_bytes)
+            client = self._connect(job.target)
+            try:
+                client.register(self._memory.base_address, self._memory.capacity_bytes)
+            except BaseException:
+                client.close()
+                raise
+            self._clients[job.target] = client
             client.membership.wait_tried(_CONNECT_S)
         taken = 0
-        for keys, parents, pieces in groups:
-            taken += int(client.put(Chain(keys, parents, keys), pieces).sum())
+        for group in groups:
+            taken += int(client.put(*group).sum())
         return taken

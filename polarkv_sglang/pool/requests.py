@@ -47,8 +47,10 @@ class Requests:
         build: Callable[[Link, Blocks], Answered],
         deadline: float,
     ) -> list[Sent]:
-        """Send each node its request: they work at once."""
+        """Send each node its request: they work at once. Past the deadline nobody is asked, or blamed."""
         sent: list[Sent] = []
+        if time.monotonic() >= deadline:
+            return sent
         for route in routes:
             message = build(route.link, route.blocks)
             try:
@@ -100,7 +102,7 @@ class Requests:
         if lane.links.get(link.address) is not link:
             return
         try:
-            link.control.send(message)
+            link.control.send(message, _SEND_S)
         except NodeError as error:
             self.fail(lane, link, str(error))
 

@@ -76,7 +76,9 @@ def move(
 ) -> Moved:
     """Move blocks between ``pieces`` and memory nodes by ``deadline``; links that fail are given up."""
     moved = Moved(np.zeros(len(pieces.addresses), bool), np.zeros(len(pieces.addresses), np.uint64))
-    parts = [part for part in parts if len(part.blocks) and part.link.route is not None]
+    # A link may have been given up since it answered.
+    parts = [part for part in parts if len(part.blocks) and lane.links.get(part.link.address) is part.link]
+    parts = [part for part in parts if part.link.route is not None]
     if not parts or lane.worker is None:
         return moved
     blocks = np.concatenate([part.blocks for part in parts])

@@ -27,6 +27,7 @@ from polarkv_sglang.transport.messages import (
 # Of a batch's deadline, when its steps have to have ended, as in reading.
 _RESERVE_BY = 0.5
 _MOVE_BY = 0.8
+_COMMIT_S = 0.1  # at least
 
 
 class Written(NamedTuple):
@@ -54,7 +55,7 @@ class Writer:
         self._memory = memory
         self._deadline_s = deadline_s
 
-    def write(self, chain: Chain, pieces: Pieces) -> Written:
+    def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> Written:
         """See ``PoolClient.put``."""
         started = time.monotonic()
         present = np.zeros(len(chain), bool)
@@ -76,8 +77,12 @@ class Writer:
             started + _MOVE_BY * self._deadline_s,
             self._requests,
         )
+        if checksums is not None:
+            moved = moved._replace(arrived=moved.arrived & (moved.checksums == checksums))
         written = np.zeros(len(chain), bool)
-        for route in self._commit(reserved, moved, started + self._deadline_s):
+        # A transfer that had to be drained has used more than its share.
+        commit_by = max(started + self._deadline_s, time.monotonic() + _COMMIT_S)
+        for route in self._commit(reserved, moved, commit_by):
             written[route.blocks] = moved.arrived[route.blocks]
         return Written(present, written)
 

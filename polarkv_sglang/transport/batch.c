@@ -255,7 +255,8 @@ static void expire(struct transfer *transfer) {
         struct lane *lane = &transfer->lanes[i];
         fail_unissued(lane, UCS_ERR_TIMED_OUT);
         lane->needs_flush = false;
-        if (!lane->in_flight) continue;
+        /* Puts that UCX took at once are still on their way until they are flushed. */
+        if (!lane->in_flight && !(lane->last && lane->flush_status == UCS_INPROGRESS)) continue;
         polar_endpoint_failed(lane->endpoint, NULL, UCS_ERR_TIMED_OUT);
         force_close(transfer->worker->ucp, lane->endpoint);
     }

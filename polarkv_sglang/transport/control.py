@@ -294,6 +294,10 @@ def _open_socket(address: str, deadline: float, deadline_s: float) -> socket.soc
                 return sock
     except socket.gaierror as error:
         raise NodeError(f"memory node {address} cannot be found: {error.strerror}") from error
+    except UnicodeError as error:
+        raise NodeError(f"memory node {address} cannot be found: {host!r} is not a host name") from error
+    except OSError as error:  # no descriptor left
+        raise NodeError(f"memory node {address} cannot be reached: {error.strerror}") from error
     if isinstance(last, TimeoutError):
         raise NodeTimeout(f"memory node {address} does not answer within {deadline_s:g} s") from last
     reason = last.strerror if last is not None else "no address"

@@ -1,0 +1,86 @@
+"""Writers that die, and writers of the same blocks, beside readers of them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+
+from polarkv_sglang.pool.index import RESERVATION_S
+from tests.faults.nodes import FaultyNode
+from tests.faults.traffic import Load, Rank, Traffic, TrafficProcess
+from tests.faults.ways import WAYS
+
+
+def test_writers_that_die_in_a_put_lose_their_slots_in_time_and_nobody_reads_half_a_block() -> None:
+    """One for each way that bytes move, all at once: what they reserved is kept for half a minute."""
+    with contextlib.ExitStack() as stack:
+        scenes = []
+        for tls in WAYS:
+            node = stack.enter_context(FaultyNode(tls=tls).start())
+            load = Load(ucx_tls=tls, prompts=4)
+            _kill_in_a_put(node, load)
+            scenes.append((node, load, stack.enter_context(Traffic(load, node.address))))
+        for node, load, traffic in scenes:
+            traffic.wait_for_hits()
+            abandoned = node.statistics()
+            assert abandoned.reservations >= 1
+            assert node.count(load.all_keys) < len(load.all_keys), (
+                "what was reserved is there without a commit"
+            )
+        for node, load, traffic in scenes:
+            node.wait_until(
+                lambda now: now.expired_reservations_total >= 1, "the slots come back", RESERVATION_S + 10
+            )
+            node.wait_until(
+                lambda _, node=node, load=load: node.count(load.all_keys) == len(load.all_keys),
+                "the others write what the dead one did not",
+            )
+            traffic.wait_for_hits()
+            traffic.stop()
+            rest = node.statistics()
+            assert rest.reservations == rest.leases == 0
+            assert rest.used_bytes == rest.blocks * load.block_bytes
+
+
+def _kill_in_a_put(node: FaultyNode, load: Load) -> None:
+    """Have a client die with slots reserved and not committed."""
+    keys = Load(name=load.name, prompts=load.prompts, kinds=("put",), ucx_tls=load.ucx_tls, pause_s=0.0)
+    while True:
+        with TrafficProcess(keys, node.address) as writer:
+            node.wait_until(lambda now: now.reservations > 0, "it writes")
+            writer.kill()
+        # The commit may have been on its way.
+        if node.wait_until(lambda now: now.connections == 1, "its connections end").reservations:
+            return
+
+
+@pytest.mark.parametrize("tls", WAYS)
+def test_writers_of_the_same_blocks_make_one_of_each_and_readers_see_it_whole(tls: str | None) -> None:
+    load = Load(prompts=16, ucx_tls=tls)
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(FaultyNode(tls=tls).start())
+        reader = stack.enter_context(
+            Traffic(Load(prompts=load.prompts, ucx_tls=tls, kinds=("get", "peek")), node.address)
+        )
+        writers = [stack.enter_context(Rank(load, node.address)) for _ in range(2)]
+        together = threading.Barrier(len(writers))
+        stored: list[int] = []
+
+        def write(rank: Rank) -> None:
+            for prompt in range(load.prompts):
+                together.wait()
+                stored.append(rank.put(prompt, 0, load.pages))
+
+        threads = [threading.Thread(target=write, args=(rank,)) for rank in writers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert stored == [load.pages] * 2 * load.prompts
+        now = node.statistics()
+        assert now.blocks == now.commits_total == load.prompts * load.pages
+        assert now.reservations == 0
+        reader.wait_for_hits()
+        assert writers[0].get(load.prompts - 1, 0, load.pages) == load.pages
