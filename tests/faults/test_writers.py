@@ -13,6 +13,7 @@ from tests.faults.traffic import Load, Rank, Traffic, TrafficProcess
 from tests.faults.ways import WAYS
 
 
+@pytest.mark.slow
 def test_writers_that_die_in_a_put_lose_their_slots_in_time_and_nobody_reads_half_a_block() -> None:
     """One for each way that bytes move, all at once: what they reserved is kept for half a minute."""
     with contextlib.ExitStack() as stack:

@@ -56,6 +56,7 @@ def test_a_stripe_that_is_read_again_is_copied_and_outlives_its_home() -> None:
         assert rank.client.peek(blocks) == PAGES
 
 
+@pytest.mark.slow
 def test_a_home_that_lost_its_stripe_gets_it_back_from_the_copy() -> None:
     blocks = prompt("come home", PAGES)
     with a_pool() as (rank, nodes):
