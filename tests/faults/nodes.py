@@ -90,8 +90,16 @@ class FaultyNode:
         end = time.monotonic() + timeout_s
         while not condition(now := self.statistics()):
             assert time.monotonic() < end, f"{what}: not within {timeout_s:g} s, but {now}"
-            time.sleep(0.02)
+            time.sleep(0.005)
         return now
+
+    def wait_for(self, counter: str, at_least: int) -> NodeStatistics:
+        """Until a counter of its statistics has come so far."""
+        return self.wait_until(lambda now: getattr(now, counter) >= at_least, f"{counter} >= {at_least}")
+
+    def wait_for_blocks(self, keys: Sequence[bytes]) -> None:
+        """Until it holds all these blocks."""
+        self.wait_until(lambda _: self.count(keys) == len(keys), f"it holds {len(keys)} blocks")
 
     def count(self, keys: Sequence[bytes]) -> int:
         """How many of these blocks are here."""

@@ -28,10 +28,10 @@ VICTIM: Final = Load(
     pause_s=0.1,
     may_freeze=True,
 )
-# Writes the blocks of the steady clients, without a pause, until it is killed.
-DYING: Final = msgspec.structs.replace(STEADY, kinds=("put",), pause_s=0.0, seed=99)
 # Writes more than all memory nodes can hold.
 FLOOD: Final = msgspec.structs.replace(STEADY, name="flood", prompts=80, kinds=("put",), pause_s=0.0)
+# Is killed while it writes.
+DYING: Final = msgspec.structs.replace(FLOOD, name="dying")
 
 
 class Pool:

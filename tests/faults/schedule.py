@@ -25,7 +25,7 @@ _STRANGERS: Final = 20
 
 
 @contextlib.contextmanager
-def _killed(pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
+def _killed(pool: Pool, node: FaultyNode, _rng: random.Random) -> Iterator[None]:
     pool.remember(node)
     node.kill()
     yield
@@ -33,7 +33,7 @@ def _killed(pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped(pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
+def _stopped(pool: Pool, node: FaultyNode, _rng: random.Random) -> Iterator[None]:
     pool.remember(node)
     node.stop()
     yield
@@ -41,14 +41,14 @@ def _stopped(pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(_pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
+def _frozen(_pool: Pool, node: FaultyNode, _rng: random.Random) -> Iterator[None]:
     node.freeze()
     yield
     node.thaw()
 
 
 @contextlib.contextmanager
-def _frozen_then_killed(pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
+def _frozen_then_killed(pool: Pool, node: FaultyNode, _rng: random.Random) -> Iterator[None]:
     pool.remember(node)
     node.freeze()
     yield
@@ -57,7 +57,7 @@ def _frozen_then_killed(pool: Pool, node: FaultyNode, _: random.Random) -> Itera
 
 
 @contextlib.contextmanager
-def _link_down(pool: Pool, _node: FaultyNode, _: random.Random) -> Iterator[None]:
+def _link_down(pool: Pool, _node: FaultyNode, _rng: random.Random) -> Iterator[None]:
     assert pool.link is not None
     pool.link.down()
     yield
@@ -81,7 +81,7 @@ def _garbage(_pool: Pool, node: FaultyNode, rng: random.Random) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _wrong_token(_pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[None]:
+def _wrong_token(_pool: Pool, node: FaultyNode, _rng: random.Random) -> Iterator[None]:
     for _ in range(_STRANGERS):
         with contextlib.suppress(NodeRefused):
             ControlConnection.connect(
@@ -92,7 +92,7 @@ def _wrong_token(_pool: Pool, node: FaultyNode, _: random.Random) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _client_killed(pool: Pool, _: random.Random) -> Iterator[None]:
+def _client_killed(pool: Pool, _rng: random.Random) -> Iterator[None]:
     pool.victim.tally()  # raises what it met
     pool.victim.kill()
     yield
@@ -100,7 +100,7 @@ def _client_killed(pool: Pool, _: random.Random) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _client_frozen(pool: Pool, _: random.Random) -> Iterator[None]:
+def _client_frozen(pool: Pool, _rng: random.Random) -> Iterator[None]:
     pool.victim.freeze()
     time.sleep(_LEASE_S)
     yield
@@ -117,7 +117,7 @@ def _client_killed_in_a_put(pool: Pool, rng: random.Random) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _flooded(pool: Pool, _: random.Random) -> Iterator[None]:
+def _flooded(pool: Pool, _rng: random.Random) -> Iterator[None]:
     assert FLOOD.total_bytes > len(pool.nodes) * CAPACITY_BYTES
     with pool.client(FLOOD) as client:
         yield

@@ -39,16 +39,14 @@ ENGINE_FLAGS: Final = (
     *("--polarkv-deadline", str(DEADLINE_S)),
 )
 CONVERSATIONS: Final = 12
-USER_PAUSE_S: Final = 0.4
+USER_PAUSE_S: Final = 0.3
 FAULTS_AFTER_WARM_UP: Final = 6  # at least
-SETTLE_S: Final = (
-    90.0  # until all is as before: nodes are tried again after ten seconds, dead peers after sixty
-)
+SETTLE_S: Final = 90.0  # until all is as before: nodes are tried again after 10 s, dead peers found after 60
 CONNECTIONS: Final = 4  # of a rank to a memory node: to look up, to read, to write, to watch
 
 # A process is not leaking if it holds no more than this above what it held after the warm-up: thread pools
 # and heaps still grow a little then, while a leak of one per fault or per batch is far above it.
-MORE: Final = Usage(threads=2, descriptors=4, private_bytes=32 << 20)
+MORE: Final = Usage(threads=2, descriptors=4, private_bytes=16 << 20)
 
 
 class Outcome(NamedTuple):

@@ -13,7 +13,7 @@ from tests.faults.nodes import FaultyNode
 from tests.faults.traffic import Load, TrafficProcess
 
 LOAD = Load(token="link", ucx_tls="tcp")
-DOWN_S = 5.0
+DOWN_S = 2.5
 
 
 @contextlib.contextmanager
@@ -24,7 +24,6 @@ def a_network(*links: int) -> Iterator[Network]:
         yield made
 
 
-@pytest.mark.slow
 def test_a_link_that_goes_down_under_traffic_costs_one_deadline_until_it_is_up() -> None:
     with contextlib.ExitStack() as stack:
         hub, links = stack.enter_context(a_network(1, 1))
@@ -47,7 +46,6 @@ def test_a_link_that_goes_down_under_traffic_costs_one_deadline_until_it_is_up()
         traffic.stop()
 
 
-@pytest.mark.slow
 def test_a_node_whose_data_network_is_down_takes_no_other_with_it() -> None:
     """Its control network stands, so that it is tried again and again, and answers."""
     with contextlib.ExitStack() as stack:

@@ -203,7 +203,7 @@ class Rank:
 class Traffic:
     """A rank that reads, writes and looks, each in a thread of its own, until it is stopped.
 
-    A wrong byte or an exception ends its thread; ``wait_until`` and ``stop`` raise it.
+    A wrong byte or an exception ends it; ``tally``, ``wait_until`` and ``stop`` raise that.
     """
 
     def __init__(self, load: Load, *nodes: str) -> None:
@@ -257,12 +257,8 @@ class Traffic:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.stop()
-            return
-        with contextlib.suppress(Exception):  # the first failure is the one to report
-            self.stop()
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _repeat(self, kind: Kind) -> None:
         rng = random.Random(f"{self.load.seed} {kind}")
@@ -278,6 +274,7 @@ class Traffic:
                     self._called.notify_all()
                 self._stop.wait(self.load.pause_s)
         finally:
+            self._stop.set()  # one that fails ends the others
             with self._called:
                 self._called.notify_all()
 
