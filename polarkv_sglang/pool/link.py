@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import NamedTuple
 
@@ -50,6 +51,8 @@ class Lane:
         self.lock = threading.Lock()
         self._context = context
         self.worker = Worker(context) if context is not None else None
+        # UCX makes no worker while a network device that it knows is down, which is when another is needed.
+        self._spare = Worker(context) if context is not None else None
         self.links: dict[str, Link] = {}
         self._probe = np.zeros(_PROBE_BYTES, np.uint8)
         if context is not None:
@@ -58,6 +61,7 @@ class Lane:
     def add(self, address: str, control: ControlConnection, deadline_s: float) -> None:
         """Take a connection into use; TransportError if its memory cannot be reached in time."""
         with self.lock:
+            self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
             pushed = self._reads and isinstance(route, RemoteKey) and route.endpoint.emulates_get
             if pushed and isinstance(route, RemoteKey):
@@ -75,15 +79,20 @@ class Lane:
     def replace_worker(self) -> list[str]:
         """Stop UCX from touching our memory: closing the worker makes it let go. Hold ``lock``.
 
-        Links without an endpoint live on; the addresses of the others, which are dropped, are returned.
+        Links without an endpoint live on, if there is a spare worker; the addresses of the others, which are
+        dropped, are returned. Without one the lane moves nothing until a node is added.
         """
-        if self.worker is None or self._context is None:
+        if self.worker is None:
             return []
-        dropped = [address for address, link in self.links.items() if isinstance(link.route, RemoteKey)]
+        dropped = [
+            address
+            for address, link in self.links.items()
+            if self._spare is None or isinstance(link.route, RemoteKey)
+        ]
         for address in dropped:
             self.drop(address)
         self.worker.close()
-        self.worker = Worker(self._context)
+        self.worker, self._spare = self._spare, None
         return dropped
 
     def close(self) -> None:
@@ -91,8 +100,19 @@ class Lane:
         with self.lock:
             for address in list(self.links):
                 self.drop(address)
-            if self.worker is not None:
-                self.worker.close()
+            for worker in (self.worker, self._spare):
+                if worker is not None:
+                    worker.close()
+
+    def _provide_workers(self) -> None:
+        """TransportError if there is none and UCX makes none; a spare one can come later."""
+        if self._context is None:
+            return
+        if self.worker is None:
+            self.worker = Worker(self._context)
+        if self._spare is None:
+            with contextlib.suppress(TransportError):
+                self._spare = Worker(self._context)
 
     def _reach(self, welcome: Welcome, deadline_s: float) -> RemoteKey | Mapped:
         assert self._context is not None

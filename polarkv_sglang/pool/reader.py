@@ -138,7 +138,7 @@ class Reader:
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, batch.pieces.block_bytes) for route, reply in located if reply.lease]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
-        if any(FetchState.FAILED in reply.states for _, reply in fetched):
+        if len(fetched) == len(fetching) and any(FetchState.FAILED in reply.states for _, reply in fetched):
             self._requests.replace_worker(self._lane)  # what was put may still be under way
         return found + [_fetched(route, reply) for route, reply in fetched]
 
