@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class PoolClient:
     No method raises for what a memory node does, and none takes much longer than ``deadline_s``: a node
     that is absent, frozen, dead or wrong is a miss, and out until it answers again. ``peek``, ``get``
     and ``put`` have lanes of their own and may be called by three threads at once; calls of one kind
-    wait for each other.
+    wait for each other, at most as long again. One ``get`` or ``put`` takes up to MAX_KEYS blocks.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class PoolClient:
         self._peek_lane = Lane(None, reads=True)
         self._get_lane = Lane(self._context, reads=True)
         self._put_lane = Lane(self._context, reads=False)
+        self._trial_lane = Lane(self._context, reads=True)
         self._counters = dict.fromkeys(PoolStatistics._fields, 0.0)
         self._requests = Requests(self._failed)
         self.membership = Membership(
             node_list,
             (self._peek_lane, self._get_lane, self._put_lane),
+            self._trial_lane,
             token=token,
             tls=tls,
             client=client,
@@ -113,7 +116,7 @@ class PoolClient:
     def close(self) -> None:
         """Leave the pool. No call may be under way."""
         self.membership.close()
-        for lane in (self._peek_lane, self._get_lane, self._put_lane):
+        for lane in (self._peek_lane, self._get_lane, self._put_lane, self._trial_lane):
             lane.close()
         self._memory.close()
         self._context.close()
@@ -121,7 +124,9 @@ class PoolClient:
     def peek(self, chain: Chain) -> int:
         """How many blocks at the head of the chain are in the pool; they are neither touched nor leased."""
         present = np.zeros(len(chain), bool)
-        with self._peek_lane.lock:
+        with self._turn(self._peek_lane) as in_time:
+            if not in_time:
+                return 0
             started = time.monotonic()
             # A chain can be longer than a request may be; a part only matters if those before it are whole.
             for start in range(0, len(chain), MAX_KEYS):
@@ -143,8 +148,10 @@ class PoolClient:
         bytes of that block are undefined, and nothing will write to them after the call.
         """
         started = time.monotonic()
-        with self._get_lane.lock:
-            done = self._reader.read(chain, pieces)
+        done = np.zeros(len(chain), bool)
+        with self._turn(self._get_lane) as in_time:
+            if in_time:
+                done = self._reader.read(chain, pieces)
         count = int(done.sum())
         self._count(got_blocks=count, got_bytes=count * pieces.block_bytes, missed_blocks=len(chain) - count)
         if count:
@@ -159,13 +166,25 @@ class PoolClient:
         Where ``checksums`` are given, one per block, bytes that do not have theirs are not stored.
         """
         started = time.monotonic()
-        with self._put_lane.lock:
+        with self._turn(self._put_lane) as in_time:
+            if not in_time:
+                return np.zeros(len(chain), bool)
             done = self._writer.write(chain, pieces, checksums)
         count, present = int(done.written.sum()), int(done.present.sum())
         self._count(put_blocks=count, put_bytes=count * pieces.block_bytes, present_blocks=present)
         if count:
             self._count(put_s=time.monotonic() - started)
         return done.present | done.written
+
+    @contextlib.contextmanager
+    def _turn(self, lane: Lane) -> Iterator[bool]:
+        """Hold a lane's lock; False if others held it for a whole deadline, which is a miss."""
+        in_time = lane.lock.acquire(timeout=self.deadline_s)
+        try:
+            yield in_time
+        finally:
+            if in_time:
+                lane.lock.release()
 
     def _peek(
         self, chain: Chain, routes: list[Route], deadline: float, present: npt.NDArray[np.bool_]

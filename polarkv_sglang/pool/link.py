@@ -32,10 +32,8 @@ class Link(NamedTuple):
     def close(self) -> None:
         """Give it up; nothing may be in flight on it."""
         self.control.close()
-        if isinstance(self.route, RemoteKey):
-            self.route.endpoint.close(force=True)
-        elif self.route is not None:
-            self.route.close()
+        if self.route is not None:
+            _close(self.route)
 
 
 class Lane:
@@ -64,11 +62,18 @@ class Lane:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
             pushed = self._reads and isinstance(route, RemoteKey) and route.endpoint.emulates_get
-            if pushed and isinstance(route, RemoteKey):
-                route.endpoint.close(force=True)
+            if pushed and route is not None:
+                _close(route)
                 route = None
             self.drop(address)
             self.links[address] = Link(address, control, route, pushed)
+
+    def try_out(self, welcome: Welcome, deadline_s: float) -> None:
+        """Reach a node's memory once and leave it again; TransportError if that cannot be done in time."""
+        with self.lock:
+            self._provide_workers()
+            route = self._reach(welcome, deadline_s)
+            _close(route)
 
     def drop(self, address: str) -> None:
         """Give a link up; the caller holds ``lock``. No batch is under way, so nothing is in flight on it."""
@@ -151,3 +156,10 @@ class Lane:
             reason = key.endpoint.failed or "no answer in time"
             key.endpoint.close(force=True)
             raise TransportError(f"its memory cannot be read over UCX: {reason}")
+
+
+def _close(route: RemoteKey | Mapped) -> None:
+    if isinstance(route, RemoteKey):
+        route.endpoint.close(force=True)
+    else:
+        route.close()

@@ -46,14 +46,17 @@ class Membership:
         self,
         nodes: NodeList,
         lanes: Sequence[Lane],
+        trial_lane: Lane,
         *,
         token: str | None,
         tls: ssl.SSLContext | None,
         client: str,
         deadline_s: float,
     ) -> None:
+        """A node is linked to the lanes once it was reached on the trial lane, which holds up nobody."""
         self._nodes = nodes
         self._lanes = tuple(lanes)
+        self._trial_lane = trial_lane
         self._token = token
         self._tls = tls
         self._client = client
@@ -165,6 +168,7 @@ class Membership:
                 )
             if len({control.welcome.node_id for control in controls}) > 1:
                 raise NodeError(f"memory node {address} restarted while we connected")
+            self._trial_lane.try_out(controls[0].welcome, self._deadline_s)
             for lane, control in zip(self._lanes, controls):
                 lane.add(address, control, self._deadline_s)
         except PolarError:

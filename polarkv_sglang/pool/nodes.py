@@ -53,9 +53,9 @@ class NodeList:
 
     def __init__(self, nodes: Sequence[str], file: Path | None) -> None:
         """``file``, if given, replaces ``nodes``; ConfigError if it cannot be used at the start."""
-        self.addresses = tuple(nodes) if file is None else read_nodes(file)
         self._file = file
-        self._seen = self._stamp()
+        self._seen = self._stamp()  # before it is read: a change in between is then seen later
+        self.addresses = tuple(nodes) if file is None else read_nodes(file)
 
     def reload(self) -> bool:
         """Read the file again if it has changed; whether the list did. What is wrong changes nothing."""

@@ -41,11 +41,7 @@ class SharedMemory:
 
     def advise_huge_pages(self) -> None:
         """Ask for transparent huge pages; they come as memory is touched, where the kernel finds some."""
-        try:
-            _madvise(self.address, self.length, mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel without them
-                raise
+        advise_huge_pages(self.address, self.length)
         if _may_have_huge_pages(self.address):
             self.pages = "transparent"
 
@@ -66,6 +62,19 @@ def map_shared(name: str, length: int) -> SharedMemory:
     mapping = SharedMemory(name, length)
     mapping.advise_huge_pages()
     return mapping
+
+
+def advise_huge_pages(address: int, length: int) -> None:
+    """Ask for transparent huge pages where whole ones fit; nothing happens on a kernel without them."""
+    start = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + length) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if end <= start:
+        return
+    try:
+        _madvise(start, end - start, mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def populate(address: int, length: int) -> None:

@@ -1,6 +1,6 @@
 """Reads by put: the node writes blocks into a client's memory, where the client's gets would be emulated.
 
-UCX emulates a get over TCP by asking the peer's CPU for it; a put of the same bytes is three to five times
+UCX emulates a get over TCP by asking the peer's CPU for it; a put of the same bytes is two to five times
 faster.
 """
 

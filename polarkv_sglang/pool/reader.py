@@ -145,7 +145,8 @@ class Reader:
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
         assert self._lane.worker is not None
         targets = batch.pieces.addresses[blocks]
-        worker_address, rkeys = self._lane.worker.address, self._memory.rkeys()
+        worker_address, regions = self._lane.worker.address, self._memory.regions
+        rkeys = list(regions.rkeys)
         return Fetch(
             request_id=link.control.next_id(),
             keys=blob(batch.chain.keys, blocks),
@@ -156,7 +157,7 @@ class Reader:
             pieces=targets.shape[1],
             piece_bytes=batch.pieces.piece_bytes,
             target_blob=targets.astype("<u8").tobytes(),
-            region_blob=self._memory.locate(targets).astype("<u8").tobytes(),
+            region_blob=regions.locate(targets).astype("<u8").tobytes(),
         )
 
     def _take(self, batch: _Batch, found: list[_Found]) -> npt.NDArray[np.bool_]:

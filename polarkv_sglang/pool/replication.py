@@ -20,6 +20,7 @@ from polarkv_sglang.transport.messages import MAX_LEASE_S
 _QUEUED_BLOCKS = 16384  # asked for and not yet copied; more are dropped, and asked for again if they are hot
 _TARGETS = 64  # memory nodes that we copy to
 _CONNECT_S = 5.0
+_BATCH_BYTES = 64 << 20  # one put: a link of 0.1 GB/s carries it within the client's deadline
 _OWNER = -1  # of our leases; sessions count from 0
 
 _logger = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ class Replicator:
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._queued_blocks = 0
         self._clients: dict[str, PoolClient] = {}
-        self.copied_blocks = 0
 
     def submit(self, keys: Sequence[bytes], target: str) -> None:
         """Copy these blocks to ``target`` some time; what we do not have or cannot queue is left out."""
@@ -69,7 +69,7 @@ class Replicator:
                 lease = self._index.locate(_OWNER, job.keys, MAX_LEASE_S)
                 copying = asyncio.ensure_future(asyncio.to_thread(self._copy, job, self._groups(job, lease)))
                 try:
-                    self.copied_blocks += await asyncio.shield(copying)
+                    await asyncio.shield(copying)
                 except asyncio.CancelledError:
                     await copying
                     raise
@@ -84,20 +84,23 @@ class Replicator:
             )
 
     def _groups(self, job: _Job, lease: Lease) -> list[_Group]:
-        """The blocks that are here, by length."""
+        """The blocks that are here, by length, in batches that a slow link carries in time."""
         parents = self._index.describe(job.keys).parents
         groups = []
         for length in sorted(set(lease.lengths) - {0}):
-            places = [place for place, found in enumerate(lease.lengths) if found == length]
-            addresses = np.array([[lease.addresses[place]] for place in places], np.uint64)
-            keys = [job.keys[place] for place in places]
-            blocks = Chain(keys, [parents[place] for place in places], keys)
-            checksums = np.array([lease.checksums[place] for place in places], np.uint64)
-            groups.append(_Group(blocks, Pieces(addresses, length), checksums))
+            every = [place for place, found in enumerate(lease.lengths) if found == length]
+            count = max(1, _BATCH_BYTES // length)
+            for start in range(0, len(every), count):
+                places = every[start : start + count]
+                keys = [job.keys[place] for place in places]
+                blocks = Chain(keys, [parents[place] for place in places], keys)
+                addresses = np.array([[lease.addresses[place]] for place in places], np.uint64)
+                checksums = np.array([lease.checksums[place] for place in places], np.uint64)
+                groups.append(_Group(blocks, Pieces(addresses, length), checksums))
         return groups
 
-    def _copy(self, job: _Job, groups: list[_Group]) -> int:
-        """Put blocks to the target; how many it took. Runs in a thread, one call at a time."""
+    def _copy(self, job: _Job, groups: list[_Group]) -> None:
+        """Put blocks to the target. Runs in a thread, one call at a time."""
         client = self._clients.get(job.target)
         if client is None:
             parse_address(job.target)
@@ -111,7 +114,5 @@ class Replicator:
                 raise
             self._clients[job.target] = client
             client.membership.wait_tried(_CONNECT_S)
-        taken = 0
         for group in groups:
-            taken += int(client.put(*group).sum())
-        return taken
+            client.put(*group)

@@ -90,7 +90,7 @@ def move(
             np.concatenate([part.addresses for part in parts]),
             pieces.addresses[blocks],
             pieces.piece_bytes,
-            memory.memories,
+            memory.regions.memories,
             max(0.0, deadline - time.monotonic()),
         )
     except TransportError:

@@ -124,4 +124,6 @@ class Writer:
             if self._lane.links.get(node) is part.link
         ]
         sent = self._requests.send(self._lane, standing, commit, by)
-        return [route for route, _ in self._requests.collect(self._lane, sent, Committed, by)]
+        replies = self._requests.collect(self._lane, sent, Committed, by)
+        # Less is visible than was committed where the reservation had expired: nothing then.
+        return [route for route, reply in replies if reply.count == moved.arrived[route.blocks].sum()]

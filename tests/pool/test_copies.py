@@ -10,7 +10,8 @@ import pytest
 
 from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.placement import ranking
-from tests.pool.rank import Rank, a_rank, prompt, wait_until_live
+from polarkv_sglang.transport.messages import Peek, Replicate
+from tests.pool.rank import Rank, a_rank, flip_a_byte, prompt, wait_until_live
 from tests.support import RunningNode, running_node
 
 PAGES = 8
@@ -56,7 +57,6 @@ def test_a_stripe_that_is_read_again_is_copied_and_outlives_its_home() -> None:
         assert rank.client.peek(blocks) == PAGES
 
 
-@pytest.mark.slow
 def test_a_home_that_lost_its_stripe_gets_it_back_from_the_copy() -> None:
     blocks = prompt("come home", PAGES)
     with a_pool() as (rank, nodes):
@@ -77,6 +77,20 @@ def test_a_home_that_lost_its_stripe_gets_it_back_from_the_copy() -> None:
                 assert time.monotonic() < end
                 assert rank.get(blocks) == [True] * PAGES
                 time.sleep(0.1)
+
+
+def test_a_block_that_is_not_what_was_written_is_not_copied() -> None:
+    """A copy gets a checksum of its own: taken of damaged bytes, it would make them right."""
+    blocks = prompt("damaged", PAGES)
+    with running_node() as source, running_node() as target, a_rank(source.address) as rank:
+        assert rank.put(blocks) == [True] * PAGES
+        flip_a_byte(source, blocks.keys[3])
+        with source.connect() as control:
+            control.send(Replicate(b"".join(blocks.keys), target.address))
+            wait_until_held(target, PAGES - 1)
+        with target.connect() as control:
+            held = control.request(Peek(control.next_id(), b"".join(blocks.keys)), 5.0)
+        assert held.present == bytes(page != 3 for page in range(PAGES))
 
 
 def test_without_copies_a_stripe_has_one_home() -> None:

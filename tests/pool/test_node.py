@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import pytest
 
 from polarkv_sglang.config import parse_address
@@ -389,3 +390,15 @@ def test_corrupt_report_makes_the_block_a_miss():
         assert node.statistics().quarantined_blocks == 1
         client.send(Release(located.lease))
         eventually(lambda: node.statistics().quarantined_blocks == 0)
+
+
+def test_node_on_loopback_is_not_reached_over_the_network():
+    """UCX over tcp does what any peer asks, to any memory of the process, and asks for no token."""
+    with running_node("64MiB", "--ucx-tls", "tcp") as node:
+        listening = [
+            connection.laddr.ip
+            for connection in psutil.Process(node.pid).net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    assert len(listening) > 1  # the control server, and UCX
+    assert set(listening) == {"127.0.0.1"}
