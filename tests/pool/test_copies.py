@@ -11,10 +11,10 @@ import pytest
 from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.transport.messages import Peek, Replicate
-from tests.pool.rank import Rank, a_rank, flip_a_byte, prompt, wait_until_live
+from tests.pool.rank import STRIPE_PAGES, Rank, a_rank, flip_a_byte, prompt, wait_until_live
 from tests.support import RunningNode, running_node
 
-PAGES = 8
+PAGES = STRIPE_PAGES  # one stripe, which has one home
 DEADLINE_S = 2.0  # a quarter of it is what the first look may take, also on a busy machine
 
 
