@@ -65,7 +65,7 @@ class MemoryNode:
         settings: NodeSettings,
         *,
         libucp: str,
-        pages: str,
+        memory: SlabMemory,
         welcome: Welcome,
         index: Index,
         pushers: Pushers,
@@ -73,7 +73,7 @@ class MemoryNode:
         self.host, self.port = settings.host, settings.port
         self.node_id = welcome.node_id
         self.libucp = libucp  # version and where it was found
-        self.pages = pages  # what backs the slab
+        self._memory = memory
         self.capacity_bytes = welcome.capacity_bytes
         self.service = Service(
             index=index,
@@ -91,6 +91,11 @@ class MemoryNode:
         self._unheld: asyncio.TimerHandle | None = None
         if self._embedded:
             self._unheld = self._loop.call_later(START_GRACE_S, self.stop)
+
+    @property
+    def pages(self) -> str:
+        """What backs the slab, as far as it is backed."""
+        return self._memory.pages
 
     @property
     def address(self) -> str:
@@ -174,7 +179,7 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
         stack.push_async_callback(pushers.close)
         libucp = f"{'.'.join(map(str, library.version))} ({library.source})"
         node = MemoryNode(
-            settings, libucp=libucp, pages=memory.pages, welcome=welcome, index=index, pushers=pushers
+            settings, libucp=libucp, memory=memory, welcome=welcome, index=index, pushers=pushers
         )
         await stack.enter_async_context(_serving_ucx(worker, node))
         await stack.enter_async_context(_replicating(node.service, memory, settings))

@@ -85,19 +85,21 @@ def populate(address: int, length: int) -> None:
     _madvise(address, length, _MADV_POPULATE_WRITE)
 
 
-def populate_huge(address: int, length: int) -> None:
-    """As ``populate``, in huge pages if the kernel can make some; ``address`` is a multiple of one.
+def populate_huge(address: int, length: int) -> bool:
+    """As ``populate``, in huge pages if the kernel can make some (True); ``address`` is a multiple of one.
 
     It can where the rules for shared memory do not give any by themselves. A process that maps the memfd,
     aligned too, then has 2 MiB of it by one page fault.
     """
+    huge = True
     try:
         for start in range(0, length, HUGE_PAGE_BYTES):  # what holds nothing cannot be made huge
             populate(address + start, min(_PAGE_BYTES, length - start))
         _madvise(address, length // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, _MADV_COLLAPSE)
-    except OSError:
-        pass  # an older kernel, or no huge page left; or no memory, which the next line tells
+    except OSError:  # an older kernel, or no huge page left; or no memory, which the next line tells
+        huge = False
     populate(address, length)
+    return huge
 
 
 def memory_bytes() -> int:

@@ -59,10 +59,13 @@ class SlabMemory:
         May run beside readers and writers. Raises OSError where the kernel cannot: ENOMEM, or EINVAL before
         Linux 5.14.
         """
+        huge = True
         for start in range(0, self.capacity_bytes, step_bytes):
             if stop.is_set():
                 return
-            populate_huge(self.base_address + start, min(step_bytes, self.capacity_bytes - start))
+            huge &= populate_huge(self.base_address + start, min(step_bytes, self.capacity_bytes - start))
+        if huge and self.pages == "4 KiB pages":
+            self.pages = "transparent"
 
     def close(self) -> None:
         """Give the memory back; nothing here may read or write it any more. Other mappings of it live on."""
