@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ssl
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from polarkv_sglang.pool.nodes import NodeList, is_loopback
 from polarkv_sglang.pool.reader import Reader
 from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import route_blocks, usable_nodes
+from polarkv_sglang.pool.trial import Trials
 from polarkv_sglang.pool.writer import Writer
 from polarkv_sglang.transport import Context, load_library
 from polarkv_sglang.transport.messages import MAX_KEYS, Peek, Peeked
@@ -74,18 +76,19 @@ class PoolClient:
         node_list = NodeList(nodes, nodes_file)
         self.library = load_library(ucx_library)
         local = nodes_file is None and all(is_loopback(parse_address(node)[0]) for node in nodes)
-        self._context = Context(self.library, tls=ucx_tls, loopback=local)
+        new_context = functools.partial(Context, self.library, tls=ucx_tls, loopback=local)
+        self._context = new_context()
         self._memory = LocalMemory(self._context)
         self._peek_lane = Lane(None, reads=True)
         self._get_lane = Lane(self._context, reads=True)
         self._put_lane = Lane(self._context, reads=False)
-        self._trial_lane = Lane(self._context, reads=True)
+        self._trials = Trials(new_context)
         self._counters = dict.fromkeys(PoolStatistics._fields, 0.0)
         self._requests = Requests(self._failed)
         self.membership = Membership(
             node_list,
             (self._peek_lane, self._get_lane, self._put_lane),
-            self._trial_lane,
+            self._trials,
             token=token,
             tls=tls,
             client=client,
@@ -116,7 +119,8 @@ class PoolClient:
     def close(self) -> None:
         """Leave the pool. No call may be under way."""
         self.membership.close()
-        for lane in (self._peek_lane, self._get_lane, self._put_lane, self._trial_lane):
+        self._trials.close()
+        for lane in (self._peek_lane, self._get_lane, self._put_lane):
             lane.close()
         self._memory.close()
         self._context.close()

@@ -61,12 +61,15 @@ class Lane:
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
-            pushed = self._reads and isinstance(route, RemoteKey) and route.endpoint.emulates_get
-            if pushed and route is not None:
-                _close(route)
-                route = None
+            pushed = False
+            if self._reads and isinstance(route, RemoteKey):
+                with contextlib.ExitStack() as unneeded:
+                    unneeded.callback(_close, route)
+                    pushed = route.endpoint.emulates_get
+                    if not pushed:
+                        unneeded.pop_all()
             self.drop(address)
-            self.links[address] = Link(address, control, route, pushed)
+            self.links[address] = Link(address, control, None if pushed else route, pushed)
 
     def try_out(self, welcome: Welcome, deadline_s: float) -> None:
         """Reach a node's memory once and leave it again; TransportError if that cannot be done in time."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from polarkv_sglang.errors import NodeError, PolarError
 from polarkv_sglang.pool.link import Lane
 from polarkv_sglang.pool.nodes import NodeList
+from polarkv_sglang.pool.trial import Trials
 from polarkv_sglang.transport.control import ControlConnection, NodeRefused
 from polarkv_sglang.transport.messages import Peek, View
 
@@ -46,17 +47,17 @@ class Membership:
         self,
         nodes: NodeList,
         lanes: Sequence[Lane],
-        trial_lane: Lane,
+        trials: Trials,
         *,
         token: str | None,
         tls: ssl.SSLContext | None,
         client: str,
         deadline_s: float,
     ) -> None:
-        """A node is linked to the lanes once it was reached on the trial lane, which holds up nobody."""
+        """A node is linked to the lanes once it was reached in a trial, which holds up nobody."""
         self._nodes = nodes
         self._lanes = tuple(lanes)
-        self._trial_lane = trial_lane
+        self._trials = trials
         self._token = token
         self._tls = tls
         self._client = client
@@ -168,7 +169,7 @@ class Membership:
                 )
             if len({control.welcome.node_id for control in controls}) > 1:
                 raise NodeError(f"memory node {address} restarted while we connected")
-            self._trial_lane.try_out(controls[0].welcome, self._deadline_s)
+            self._trials.reach(controls[0].welcome, self._deadline_s)
             for lane, control in zip(self._lanes, controls):
                 lane.add(address, control, self._deadline_s)
         except PolarError:

@@ -138,8 +138,11 @@ class Reader:
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, batch.pieces.block_bytes) for route, reply in located if reply.lease]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
-        if len(fetched) == len(fetching) and any(FetchState.FAILED in reply.states for _, reply in fetched):
+        failed = [route.link for route, reply in fetched if FetchState.FAILED in reply.states]
+        if failed and len(fetched) == len(fetching):
             self._requests.replace_worker(self._lane)  # what was put may still be under way
+        for link in failed:
+            self._requests.fail(self._lane, link, "it could not put what was read into this process's memory")
         return found + [_fetched(route, reply) for route, reply in fetched]
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
