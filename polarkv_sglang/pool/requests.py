@@ -102,7 +102,7 @@ class Requests:
         if lane.links.get(link.address) is not link:
             return
         try:
-            link.control.send(message, _SEND_S)
+            link.control.tell(message, _SEND_S)
         except NodeError as error:
             self.fail(lane, link, str(error))
 

@@ -39,9 +39,12 @@ from polarkv_sglang.transport.messages import (
     Peeked,
     Proof,
     Refused,
+    Release,
     Renew,
     Renewed,
+    Replicate,
     Reply,
+    ReportCorrupt,
     Request,
     Reserve,
     Reserved,
@@ -123,6 +126,10 @@ class ControlConnection:
     def send(self, message: Request, deadline_s: float = SEND_DEADLINE_S) -> None:
         """Send one message; NodeError if the node is gone or reads nothing for ``deadline_s`` seconds."""
         self._send(message, time.monotonic() + deadline_s)
+
+    def tell(self, message: Release | ReportCorrupt | Replicate, deadline_s: float) -> None:
+        """Send what has no reply and no hurry: with the next request, or in 200 ms. Raises as ``send``."""
+        self._send(message, time.monotonic() + deadline_s, more=True)
 
     def receive(self, deadline: float) -> FromNode:
         """The next message of the node, by ``deadline`` (time.monotonic).
@@ -233,11 +240,11 @@ class ControlConnection:
         self._arm(deadline)
         return self._socket.recv(_RECEIVE_BYTES)
 
-    def _send(self, message: Message, deadline: float) -> None:
+    def _send(self, message: Message, deadline: float, *, more: bool = False) -> None:
         try:
             self._check_open()
             data = bytes(encode_frame(message))
-            rest = memoryview(data)[self._quick.send(data) if self._quick is not None else 0 :]
+            rest = memoryview(data)[self._quick.send(data, more=more) if self._quick is not None else 0 :]
             while rest:
                 self._arm(deadline)
                 rest = rest[self._socket.send(rest) :]

@@ -32,9 +32,14 @@ class QuickSocket:
         self._view = memoryview(self._buffer)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
 
-    def send(self, data: bytes) -> int:
-        """How many bytes the socket's buffer took, without waiting. Raises OSError."""
-        return _result(_send(self._fd, data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)) or 0
+    def send(self, data: bytes, *, more: bool = False) -> int:
+        """How many bytes the socket's buffer took, without waiting. Raises OSError.
+
+        With ``more`` they go out with what is sent next, or by themselves after 200 ms: it costs neither a
+        segment nor, on one core, the time that the peer takes to read it.
+        """
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0)
+        return _result(_send(self._fd, data, len(data), flags)) or 0
 
     def receive(self, patience_s: float) -> memoryview | None:
         """What has arrived, or does within ``patience_s``; empty at the end, None if nothing did.
