@@ -44,6 +44,6 @@ soak: setup
 	$(BIN)/python -m tests.faults.soak $(SOAK)
 
 clean:
-	rm -rf $(VENV) models demo.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) models demo.json *_multiturn*.json *_multiturn.png coder_long_context*.json coder_long_context.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find polarkv_sglang kernels benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	find polarkv_sglang -name '*.so' -delete

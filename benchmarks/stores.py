@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.blocks import Blocks
-from examples.demo.processes import STOP_TIMEOUT_S, Process, free_ports
+from examples.common.processes import STOP_TIMEOUT_S, Process, accepts, free_ports
 from polarkv_sglang import __version__
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.pool.blocks import Chain, Pieces, chain
@@ -138,7 +137,7 @@ def polar_store(
     command = [sys.executable, "-m", "polarkv_sglang.cli", "node", "--listen", f"127.0.0.1:{port}"]
     command += ["--capacity", str(capacity_bytes), "--segment", "64MiB"]
     command += [] if tls is None else ["--ucx-tls", tls]
-    with _running(Process(f"{name}: memory node", command, lambda: _accepts(port), log)):
+    with _running(Process(f"{name}: memory node", command, lambda: accepts(port), log)):
         client = PoolClient(
             [f"127.0.0.1:{port}"],
             token=os.environ.get("POLARKV_TOKEN"),
@@ -213,12 +212,4 @@ def _child(command: list[str], blocks: Blocks, log: Path) -> Iterator[subprocess
 
 
 def _listens_on(port: int) -> Callable[[], bool]:
-    return lambda: _accepts(port)
-
-
-def _accepts(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    return lambda: accepts(port)

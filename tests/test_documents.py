@@ -15,7 +15,12 @@ from polarkv_sglang.metrics import engine_metrics
 from polarkv_sglang.pool.metrics import _COUNTERS, _GAUGES
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("benchmarks/*.md"),
+    *ROOT.glob("examples/*.md"),
+]
 COMMANDS = ("node", "status", "doctor", "bench")
 
 _LINK = re.compile(r"\[[^]]*\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")

@@ -14,10 +14,10 @@ from typing import NoReturn
 import torch
 from tokenizers import Tokenizer
 
-from examples.demo.client import RequestFailed
-from examples.demo.conversations import CONVERSATIONS
+from examples.common.client import RequestFailed
+from examples.common.conversations import CONVERSATIONS
+from examples.common.processes import Process, engine, free_ports, memory_node, say
 from examples.demo.play import PAGE_TOKENS, Demo, DemoFailed
-from examples.demo.processes import Process, engine, free_ports, memory_node, say
 from examples.demo.report import is_restored, summary, table, write_json
 from examples.smollm2 import DEFAULT_TARGET
 from polarkv_sglang.errors import PolarError

@@ -7,9 +7,9 @@ from statistics import median
 
 from tokenizers import Tokenizer
 
-from examples.demo.client import Reply, Tiers, generate
-from examples.demo.conversations import CONVERSATIONS, Session, fresh_prompts
-from examples.demo.processes import say
+from examples.common.client import Reply, Tiers, generate
+from examples.common.conversations import CONVERSATIONS, Session, fresh_prompts
+from examples.common.processes import say
 from examples.demo.report import Phase, Turn
 from polarkv_sglang.errors import PolarError
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.demo.client import Reply, generate
+from examples.common.client import Reply, generate
 
 READY_S = 240.0
 

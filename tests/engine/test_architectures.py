@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_models
+from examples.common import tiny_models
 from tests.engine.servers import Server, prompt, running_server
 from tests.support import running_node
 

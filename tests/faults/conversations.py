@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from typing import NamedTuple, Self
 
-from examples.demo.client import RequestFailed
+from examples.common.client import RequestFailed
 from tests.engine.servers import Server
 
 VOCABULARY = 512

@@ -22,8 +22,8 @@ from typing import Final, NamedTuple
 
 import torch
 
+from examples.common import tiny_models
 from polarkv_sglang.pool.index import RESERVATION_S
-from tests import tiny_models
 from tests.engine.servers import Server, prompt, running_server
 from tests.faults import conversations, schedule
 from tests.faults.conversations import Answered, Turn, Users

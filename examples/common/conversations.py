@@ -73,14 +73,21 @@ class Session:
     and then nothing after it would be found in any cache.
     """
 
-    def __init__(self, conversation: Conversation, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        conversation: Conversation,
+        tokenizer: Tokenizer,
+        document_tokens: int = DOCUMENT_TOKENS,
+        heading: str = "",
+    ) -> None:
+        """``heading`` comes before everything else: sessions of other headings share no page of tokens."""
         self.name = conversation.chapter
         self.turn = 0  # turns asked so far
         self._questions = conversation.questions
         self._tokenizer = tokenizer
-        document = cut(topics[conversation.chapter], tokenizer, DOCUMENT_TOKENS)
+        document = cut(topics[conversation.chapter], tokenizer, document_tokens)
         # The chapter's name comes first: conversations then differ from the first page of tokens on.
-        system = f"'{self.name}' in the Python reference. Answer in one sentence.\n\n{document}"
+        system = f"{heading}'{self.name}' in the Python reference. Answer in one sentence.\n\n{document}"
         self._history = encode(tokenizer, f"<|im_start|>system\n{system}<|im_end|>\n")
         self._prompt: list[int] = []
 

@@ -38,15 +38,28 @@ class Reply(NamedTuple):
     tiers: Tiers | None  # None from SGLang without PolarKV
 
 
-class _Meta(msgspec.Struct):
+class CacheDetails(msgspec.Struct):
+    """Prompt tokens by the tier they came from, as any SGLang reports them."""
+
+    device: int = 0
+    host: int = 0
+    storage: int = 0
+
+
+class Meta(msgspec.Struct):
+    """What is read of an answer's meta_info."""
+
     cached_tokens: int = 0
+    cached_tokens_details: CacheDetails | None = None
     polarkv: Tiers | None = None
 
 
-class _Chunk(msgspec.Struct):
+class Chunk(msgspec.Struct):
+    """One event of a streamed answer; text and ids are all that were generated so far."""
+
     text: str = ""
     output_ids: list[int] = []
-    meta_info: _Meta = msgspec.field(default_factory=_Meta)
+    meta_info: Meta = msgspec.field(default_factory=Meta)
     error: Any = None
 
 
@@ -61,9 +74,9 @@ def generate(port: int, prompt_ids: list[int], max_new_tokens: int, timeout_s: f
         "stream": True,
     }
     body = msgspec.json.encode(request)
-    decode = msgspec.json.Decoder(_Chunk).decode
+    decode = msgspec.json.Decoder(Chunk).decode
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
-    last, ttft_s = _Chunk(), 0.0
+    last, ttft_s = Chunk(), 0.0
     try:
         connection.connect()
         started = time.perf_counter()

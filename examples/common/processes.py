@@ -1,4 +1,4 @@
-"""Starting and ending the demo's processes, and the command lines it starts."""
+"""Starting and ending servers, and the command lines that start them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,19 +24,30 @@ _started_at = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Print a line with the time since the demo began."""
+    """Print a line with the time since the program began."""
     print(f"[{time.monotonic() - _started_at:6.1f} s] {text}", flush=True)
 
 
 class ProcessFailed(PolarError):
-    """A process of the demo ended or did not become ready; the text holds the end of its log."""
+    """A process ended or did not become ready; the text holds the end of its log."""
 
 
 class Process:
     """A child in a process group of its own, which goes as a whole when the child is stopped."""
 
-    def __init__(self, name: str, command: list[str], is_ready: Callable[[], bool], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        is_ready: Callable[[], bool],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        """``environment`` is added to this process's own."""
         self.name = name
+        self._start_timeout_s = start_timeout_s
+        self._environment = environment or {}
         self._command = command
         self._is_ready = is_ready
         self._log = log
@@ -46,23 +57,31 @@ class Process:
         """As one would type it in the current folder."""
         program = Path(self._command[0])
         shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
-        return shlex.join([str(shown), *self._command[1:]])
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self._environment.items()]
+        return " ".join([*variables, shlex.join([str(shown), *self._command[1:]])])
 
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._child = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, **self._environment},
             )
 
     def wait_until_ready(self) -> None:
-        """Raises ProcessFailed if the child ends, or is not ready within START_TIMEOUT_S."""
+        """Raises ProcessFailed if the child ends, or is not ready within start_timeout_s."""
         started = time.monotonic()
         next_progress = PROGRESS_EVERY_S
         while not self._is_ready():
             waited = time.monotonic() - started
             self.check()
-            if waited > START_TIMEOUT_S:
-                raise ProcessFailed(f"{self.name} was not ready after {START_TIMEOUT_S:.0f} s\n{self.tail()}")
+            if waited > self._start_timeout_s:
+                raise ProcessFailed(
+                    f"{self.name} was not ready after {self._start_timeout_s:.0f} s\n{self.tail()}"
+                )
             if waited > next_progress:
                 next_progress += PROGRESS_EVERY_S
                 say(f"  waiting for {self.name} (log: {self._log})")
@@ -88,6 +107,14 @@ class Process:
                 os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
+    def kill(self) -> None:
+        """SIGKILL to its whole group, as a crash would end it; returns when the child is gone."""
+        child, self._child = self._child, None
+        if child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
     def tail(self, lines: int = 30) -> str:
         """The end of its log."""
         text = self._log.read_text(errors="replace").splitlines()[-lines:]
@@ -110,18 +137,26 @@ def free_ports(count: int) -> list[int]:
     raise ProcessFailed(f"fewer than {count} free TCP ports in 31000-32767")
 
 
-def engine(name: str, model: Path, port: int, flags: list[str], log: Path) -> Process:
+def engine(
+    name: str,
+    model: Path | str,
+    port: int,
+    flags: list[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> Process:
     """An SGLang server; ready when it has answered its own first request."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-    return Process(name, command, lambda: _is_healthy(port), log)
+    return Process(name, command, lambda: _is_healthy(port), log, environment, start_timeout_s)
 
 
 def memory_node(port: int, capacity: str, log: Path) -> Process:
     """A node of the pool; ready when its control port accepts connections."""
     program = Path(sys.executable).with_name("polarkv")
     command = [str(program), "node", "--listen", f"127.0.0.1:{port}", "--capacity", capacity]
-    return Process("memory node", command, lambda: _accepts(port), log)
+    return Process("memory node", command, lambda: accepts(port), log)
 
 
 def _is_healthy(port: int) -> bool:
@@ -135,7 +170,8 @@ def _is_healthy(port: int) -> bool:
         connection.close()
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
+    """Whether something listens on the port of this host."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:

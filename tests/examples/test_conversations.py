@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from examples.demo.conversations import CONVERSATIONS, Session, cut, encode, fresh_prompts
+from examples.common.conversations import CONVERSATIONS, Session, cut, encode, fresh_prompts
 from examples.demo.play import MAX_NEW_TOKENS, PAGE_TOKENS
 from examples.smollm2 import prepare
 

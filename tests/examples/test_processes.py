@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo.processes import Process, ProcessFailed, free_ports
+from examples.common.processes import Process, ProcessFailed, free_ports
 
 PARENT_WITH_CHILD = """
 import os, subprocess, sys, time
@@ -28,7 +28,8 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_stop_ends_the_child_and_its_children(tmp_path):
+@pytest.mark.parametrize("end", [Process.stop, Process.kill], ids=["stop", "kill"])
+def test_the_child_ends_with_its_children(tmp_path, end):
     marker = tmp_path / "grandchild"
     process = Process(
         "parent", [sys.executable, "-c", PARENT_WITH_CHILD, str(marker)], marker.exists, tmp_path / "log"
@@ -37,7 +38,7 @@ def test_stop_ends_the_child_and_its_children(tmp_path):
     process.wait_until_ready()
     grandchild = int(marker.read_text())
     assert is_running(grandchild)
-    process.stop()
+    end(process)
     deadline = time.monotonic() + 10
     while is_running(grandchild) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -55,14 +56,14 @@ def test_a_child_that_ends_early_is_reported_with_its_log(tmp_path):
 
 
 def test_the_command_line_shown_is_the_one_that_runs(tmp_path):
-    program = [sys.executable, "-c", "print('hello  world')"]
-    process = Process("printer", program, lambda: False, tmp_path / "log")
+    program = [sys.executable, "-c", "import os; print('hello  ' + os.environ['WHOM'])"]
+    process = Process("printer", program, lambda: False, tmp_path / "log", {"WHOM": "whole world"})
     process.start()
     with pytest.raises(ProcessFailed):
         process.wait_until_ready()
     process.stop()
     again = os.popen(process.command_line()).read()
-    assert again == (tmp_path / "log").read_text() == "hello  world\n"
+    assert again == (tmp_path / "log").read_text() == "hello  whole world\n"
 
 
 def test_free_ports_can_be_bound():
@@ -70,4 +71,6 @@ def test_free_ports_can_be_bound():
     assert len(set(ports)) == 3
     for port in ports:
         with socket.socket() as server:
+            # As servers do: a port that a connection has just left is free for them.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))

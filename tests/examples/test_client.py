@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from examples.demo.client import RequestFailed, Tiers, generate
+from examples.common.client import RequestFailed, Tiers, generate
 
 TIERS = {"prompt": 3, "l1": 1, "l2": 0, "l3": 1, "l4": 0, "blended": 0, "computed": 1}
 

@@ -1,0 +1,11 @@
+"""Qwen3-Coder: histories of 200K tokens, 10 rounds; with and without PolarKV. See examples/README.md."""
+
+from __future__ import annotations
+
+import sys
+
+from examples.multiturn.cli import main
+from examples.multiturn.scenarios import CODER
+
+if __name__ == "__main__":
+    sys.exit(main(CODER))

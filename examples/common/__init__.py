@@ -1,0 +1,1 @@
+"""What the demo, the benchmarks and the tests share: processes, a client, conversations, tiny models."""

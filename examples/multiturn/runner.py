@@ -1,0 +1,209 @@
+"""Runs a scenario: starts the systems, plays the same turns on each in turn, and stops them again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from examples.common.processes import Process, say
+from examples.multiturn.figures import Played
+from examples.multiturn.load import Client, play
+from examples.multiturn.presets import Preset, Scenario
+from examples.multiturn.probe import Restore, restore
+from examples.multiturn.sessions import Speaker, schedule, speakers
+from examples.multiturn.systems import Setting, System
+from polarkv_sglang.errors import PolarError
+
+WARM_UP_PART = 4  # a quarter of a history
+CALIBRATIONS = 5
+ENOUGH_S = 4.0  # of calibrating
+PROBES = 3
+
+
+class BenchmarkFailed(PolarError):
+    """A benchmark could not be run to its end."""
+
+
+class Rate(NamedTuple):
+    """Requests a second that are offered, and what they were derived from."""
+
+    qps: float
+    compute_s: float | None  # seconds that one whole history takes to compute; None: the rate was given
+
+
+class Results(NamedTuple):
+    """What a run measured, by system."""
+
+    rate: Rate
+    plays: dict[str, list[Played]]
+    restores: dict[str, Restore]
+
+
+class Runner:
+    """One run of one scenario. ``urls`` names servers that run already; all others are started here.
+
+    Raises ConfigError, when made, for conversations that need a tokenizer which the model lacks.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        preset: Preset,
+        systems: Sequence[System],
+        setting: Setting,
+        *,
+        repeats: int,
+        seed: int,
+        urls: Mapping[str, str],
+    ) -> None:
+        self._scenario = scenario
+        self._preset = preset
+        self._systems = systems
+        self._setting = setting
+        self._repeats = repeats
+        self._seed = seed
+        self._urls = urls
+        self._tokenizer = _tokenizer(setting.model)
+        self._rate = None if preset.qps is None else Rate(preset.qps, None)  # None: not measured yet
+        self._plays: dict[str, list[Played]] = {system.name: [] for system in systems}
+        self._restores: dict[str, Restore] = {}
+        self._speakers("check", 1)  # what cannot speak is better found before servers start
+
+    def run(self) -> Results:
+        """Raises PolarError; everything that was started has ended then, and when this returns."""
+        if self._preset.at_once or all(system.name in self._urls for system in self._systems):
+            with self._serving(self._systems) as urls:
+                for system in self._systems:
+                    asyncio.run(self._warm_up(system, urls[system.name]))
+                for repeat in range(self._repeats):
+                    for system in _rotated(self._systems, repeat):
+                        asyncio.run(self._play(system, urls[system.name], repeat))
+        else:
+            for repeat in range(self._repeats):
+                for system in _rotated(self._systems, repeat):
+                    with self._serving([system]) as urls:
+                        asyncio.run(self._warm_up(system, urls[system.name]))
+                        asyncio.run(self._play(system, urls[system.name], repeat))
+        assert self._rate is not None
+        return Results(self._rate, self._plays, self._restores)
+
+    @contextmanager
+    def _serving(self, systems: Sequence[System]) -> Iterator[dict[str, str]]:
+        """The systems' URLs, once all are ready."""
+        urls = {system.name: self._urls[system.name] for system in systems if system.name in self._urls}
+        plans = {
+            system.name: system.plan(self._setting) for system in systems if system.name not in self._urls
+        }
+        with ExitStack() as stack:
+            helpers = [process for plan in plans.values() for process in plan.helpers]
+            engines = [plan.engine for plan in plans.values()]
+            for processes in (helpers, engines):
+                stack.callback(_stop, processes)
+                _start(processes)
+            yield urls | {name: plan.url for name, plan in plans.items()}
+
+    async def _warm_up(self, system: System, url: str) -> None:
+        """Part of a fresh history; on the first system whole ones too, which set the rate."""
+        first, *whole = (speaker.ask() for speaker in self._speakers("warm-up", 1 + CALIBRATIONS))
+        async with Client(url) as client:
+            await client.generate(first[: len(first) // WARM_UP_PART], 2, ignore_eos=True)
+            if self._rate is None:
+                seconds: list[float] = []
+                while len(seconds) < CALIBRATIONS and sum(seconds) < ENOUGH_S:
+                    seconds.append((await client.generate(whole[len(seconds)], 1)).ttft_s)
+                compute_s = median(seconds)
+                say(f"{system.label}: a fresh history of {len(first)} tokens takes {compute_s:.3f} s")
+                self._rate = Rate(self._preset.load / compute_s, compute_s)
+                say(describe_rate(self._rate, self._preset))
+
+    async def _play(self, system: System, url: str, repeat: int) -> None:
+        assert self._rate is not None
+        talk, preset = self._preset.conversations, self._preset
+        sessions = self._speakers(f"repeat-{repeat}", talk.sessions)
+        turns = schedule(talk, self._rate.qps, self._seed + repeat)
+        async with Client(url) as client:
+            answers = await play(
+                client,
+                sessions,
+                turns,
+                talk.answer_tokens,
+                think_s=talk.think_s,
+                ignore_eos=preset.ignore_eos,
+            )
+            played = Played(answers)
+            self._plays[system.name].append(played)
+            failed = len(answers) - len(played.streamed)
+            say(
+                f"repeat {repeat + 1} of {self._repeats}, {system.label}:"
+                f" mean TTFT {played.ttft_mean_s:.3f} s,"
+                f" {played.output_tokens_per_s:.1f} tokens/s, {failed} of {len(answers)} failed"
+            )
+            if not played.streamed:
+                raise BenchmarkFailed(
+                    f"every request to {system.label} failed; the first: {answers[0].error}"
+                )
+            if played.first_round_hits:
+                raise BenchmarkFailed(
+                    f"{system.label} had {played.first_round_hits} tokens of fresh conversations in its"
+                    f" caches, left there by another run; give another --seed than {self._seed}"
+                )
+            if system.has_l3 and repeat == self._repeats - 1 and system.name not in self._urls:
+                await self._probe(system, client, sessions)
+
+    async def _probe(self, system: System, client: Client, sessions: Sequence[Speaker]) -> None:
+        measured = await restore(client, [speaker.ask_again() for speaker in sessions[-PROBES:]])
+        self._restores[system.name] = measured
+        say(
+            f"  restored from L3 {measured.restored_ttft_s:.3f} s, L1 hit {measured.l1_ttft_s:.3f} s,"
+            f" {measured.missed} of {measured.prompts + measured.missed} not restored"
+        )
+
+    def _speakers(self, label: str, sessions: int) -> list[Speaker]:
+        return speakers(self._preset.conversations, self._tokenizer, f"{self._seed}.{label}", sessions)
+
+
+def describe_rate(rate: Rate, preset: Preset) -> str:
+    """How the offered rate relates to the published one, and to what the machine can compute."""
+    scale = ""
+    if preset.published_qps is not None:
+        scale = f", {rate.qps / preset.published_qps:.3f} of the published {preset.published_qps:g}"
+    if rate.compute_s is None:
+        return f"arrivals: {rate.qps:g} requests/s{scale}"
+    return (
+        f"arrivals: {rate.qps:.3f} requests/s, {preset.load:g} times what this machine computes "
+        f"(one history in {rate.compute_s:.3f} s){scale}"
+    )
+
+
+def _rotated(systems: Sequence[System], repeat: int) -> list[System]:
+    """Each system comes first, second and so on as often as any other, given enough repeats."""
+    turn = repeat % len(systems)
+    return [*systems[turn:], *systems[:turn]]
+
+
+def _start(processes: Sequence[Process]) -> None:
+    for process in processes:
+        say(f"starting {process.name}:\n\n    {process.command_line()}\n")
+        process.start()
+    for process in processes:
+        process.wait_until_ready()
+    if processes:
+        say(f"ready: {', '.join(process.name for process in processes)}")
+
+
+def _stop(processes: Sequence[Process]) -> None:
+    """All at once: each takes seconds to end."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Process.stop, processes))
+
+
+def _tokenizer(model: str) -> Tokenizer | None:
+    file = Path(model) / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file.is_file() else None
