@@ -69,6 +69,11 @@ ENGINE_SURFACES = (
     Surface(_CACHE + "_execute_and_commit_kv_backup", ("action", "write_back")),
     Surface(_CACHE + "_handle_prefetch_result", ("operation",)),
     Surface(_CACHE + "check_prefetch_progress", ("request",)),
+    Surface(
+        _CACHE + "prefetch_from_storage",
+        ("request", "last_host_node_id", "new_input_tokens", "last_hash", "prefix_keys"),
+    ),
+    Surface(_CORE + "get_hash_values", ("node_id",)),
     Surface(_CACHE + "_all_reduce", ("data", "tp_reduce_op")),
     Surface(_CORE + "collect_path_info", ("end_node_ids",)),
     Surface(_CORE + "evict_device_start", ("component_type", "request_cnt")),

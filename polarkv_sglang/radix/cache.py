@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,6 +108,28 @@ class PolarRadixCache(UnifiedRadixCache):
         )
 
     # Fetching
+
+    def prefetch_from_storage(
+        self,
+        request: CacheRequestHandle,
+        last_host_node_id: int,
+        new_input_tokens: Sequence[int],
+        last_hash: str | None = None,
+        prefix_keys: list[str] | None = None,
+        **more: object,
+    ) -> bool:
+        """Fetch the pages that follow ``last_host_node_id``, which is told with all pages before them.
+
+        SGLang 0.5.23 gives the pages of the node's ancestors and leaves out its own. Counted from there, the
+        new pages would be looked for on other memory nodes than those that have them.
+        """
+        if prefix_keys is not None:
+            prefix_keys = [*prefix_keys, *self.tree_core.get_hash_values(last_host_node_id)]
+        return bool(
+            super().prefetch_from_storage(
+                request, last_host_node_id, new_input_tokens, last_hash, prefix_keys, **more
+            )
+        )
 
     def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
         """Whether a request's fetch has ended; while it has not, lets the threads that fetch have the GIL.

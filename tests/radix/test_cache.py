@@ -49,6 +49,18 @@ def test_a_partial_hit_is_used_and_only_the_rest_computed(node: RunningNode) -> 
         assert engine.serve(prompt(1, 256)) == (0, 0, 256)
 
 
+def test_a_prefix_that_is_cached_is_continued_from_several_memory_nodes(node: RunningNode) -> None:
+    """With short stripes, so that a page that is looked for in the wrong place is missed."""
+    with running_node("64MiB") as other:
+        config = PolarConfig(nodes=(node.address, other.address), stripe_pages=2)
+        with an_engine(config) as engine:
+            engine.serve(prompt(1, 400))
+            engine.forget()
+            assert engine.serve(prompt(1, 80)) == (0, 0, 80)
+            assert engine.serve(prompt(1, 208)) == (80, 0, 128)
+            assert engine.serve(prompt(1, 400)) == (208, 0, 192)
+
+
 @pytest.mark.parametrize("spill", ["share", "evict"])
 def test_more_prompts_than_l1_and_l2_hold_all_come_back(node: RunningNode, spill: str) -> None:
     with an_engine(settings(node, spill), l1_tokens=512, l2_ratio=1.5) as engine:
