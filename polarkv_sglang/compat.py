@@ -24,6 +24,9 @@ _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
 _CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
 _STORAGE = "sglang.srt.mem_cache.hicache_storage.HiCacheStorage."
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_LINKER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinker."
+_WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
+_COUNTER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.LayerWiseLoadCounter"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 
 WEIGHT_CHANGES = tuple(
@@ -44,6 +47,10 @@ BATCH_RESULT = _SCHEDULER + "process_batch_result"
 ADD_FLAGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 TAKE_FLAGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
 META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
+CACHE_FACTORY = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
+CHUNKED_ABORT = _SCHEDULER + "process_pending_chunked_abort"
+PREFILL_BATCH = _SCHEDULER + "get_new_batch_prefill"
+ABORT = _SCHEDULER + "abort_request"
 ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
 # Needed in every process, before flags are parsed.
@@ -52,11 +59,11 @@ LAUNCH_SURFACES = (
     Surface(TAKE_FLAGS, ("args",)),
     Surface("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
     Surface(ADAPTER_ID, ("lora_name", "lora_path")),
+    Surface(CACHE_FACTORY, ("ctx", "cache_class")),
     Surface(META_INFO, ("meta_info", "state", "customized_info")),
 )
 # Needed in scheduler processes.
 ENGINE_SURFACES = (
-    Surface("sglang.srt.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),
     Surface(_CACHE + "reset"),
     Surface(_CACHE + "insert", ("params",)),
     Surface(_CACHE + "write_backup_storage", ("node_id",)),
@@ -88,6 +95,48 @@ ENGINE_SURFACES = (
     Surface(STREAMER_CLASS),
     Surface(BATCH_RESULT, ("batch", "result")),
     *(Surface(path, ("recv_req",)) for path in WEIGHT_CHANGES),
+)
+# Needed in scheduler processes in direct mode.
+DIRECT_SURFACES = (
+    Surface("sglang.srt.mem_cache.unified_cache.linker_factory.create_unified_cache_linker", ("config",)),
+    *(
+        Surface(_LINKER + name, parameters)
+        for name, parameters in {
+            "lookup": ("rid", "transfers"),
+            "load": ("rid", "transfers"),
+            "start_layer_wise_loading": (),
+            "finish_layer_wise_loading": ("counter_index",),
+            "cancel_queued_load": ("rid",),
+            "offload": ("transfers", "session_id"),
+            "num_completed_offloads": (),
+            "pop_completed_offload": (),
+            "record_offload_ready": (),
+            "reset": (),
+            "close": (),
+        }.items()
+    ),
+    Surface(_WRAPPER, ("cache", "cache_linker")),
+    Surface(_WRAPPER + ".match", ("key", "req", "result")),
+    Surface(_WRAPPER + "._tail_hashes", ("key", "result", "device_hit_len")),
+    Surface(_WRAPPER + "._offload_node", ("node_id", "transfers")),
+    Surface(_WRAPPER + ".finish_loads"),
+    Surface(_COUNTER, ("num_layers",)),
+    Surface(_COUNTER + ".update_producer"),
+    Surface(_COUNTER + ".complete", ("index", "layer")),
+    Surface(_COUNTER + ".finish", ("index",)),
+    Surface(_CACHE + "init_cache_linker", ("cache_linker",)),
+    Surface(_CACHE + "init_load_back", ("params",)),
+    Surface(_CACHE + "finish_external_linker_loads", ("reqs",)),
+    Surface(_CACHE + "_all_reduce_attn_groups"),
+    Surface(_CORE + "get_prefix_hash_values", ("node_id",)),
+    Surface(CHUNKED_ABORT),
+    Surface(PREFILL_BATCH, ("running_batch",)),
+    Surface(ABORT, ("recv_req",)),
+    Surface("sglang.srt.managers.io_struct.AbortReq", ("rid", "abort_all")),
+    Surface("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
+    Surface("sglang.srt.managers.schedule_batch.Req.reset_for_retract"),
+    Surface("sglang.srt.environ.envs.SGLANG_SANITIZE_NAN_LOGITS.set", ("value",)),
+    Surface("sglang.srt.managers.schedule_batch.FINISH_ABORT", ("message", "status_code")),
 )
 
 

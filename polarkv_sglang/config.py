@@ -16,6 +16,7 @@ import msgspec
 
 from polarkv_sglang.errors import ConfigError
 
+Mode = Literal["hicache", "direct"]
 SpillMode = Literal["share", "evict"]
 
 ENV_PREFIX = "POLARKV_"
@@ -70,6 +71,7 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     # Bytes of the embedded node; 0: an eighth of the free memory, 64 GiB at most.
     capacity_bytes: int = msgspec.field(default=0, name="capacity")
     token: str | None = None  # shared secret of the control plane
+    mode: Mode = "hicache"  # hicache: through HiCache's host tier; direct: between L1 and the pool
     spill: SpillMode = "share"  # share: written at insert; evict: written when it leaves L1
     # Seconds that one batch against the pool may take before it is a miss.
     deadline_s: float = msgspec.field(default=1.0, name="deadline")
@@ -98,6 +100,10 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _within("copies", self.copies, 1, 3, "memory nodes")
         if self.token == "":
             raise ConfigError("token is empty; leave it out to run without one")
+        if self.mode == "direct" and self.spill == "evict":
+            raise ConfigError(
+                "mode direct writes KV to the pool at insert; leave out spill evict, or use mode hicache"
+            )
 
 
 def _within(name: str, value: float, low: float, high: float, unit: str) -> None:
@@ -112,6 +118,7 @@ _HELP = {
     "copies": "Memory nodes that hold a stripe which is read often, 1 to 3. Default: 1.",
     "capacity": "Memory of the embedded node, such as 8GiB. Default: an eighth of the free memory.",
     "token": "Shared secret of the memory nodes (better given as POLARKV_TOKEN).",
+    "mode": "hicache: KV passes through HiCache's host tier; direct: between GPU memory and the pool.",
     "spill": "share: written to the pool at insert; evict: written when it leaves GPU memory.",
     "deadline": "Seconds that one batch against the pool may take before it is a miss. Default: 1.0.",
     "stripe_pages": "Consecutive pages placed on one memory node; equal on all engines. Default: 32.",

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from polarkv_sglang import compat
@@ -20,11 +21,14 @@ from polarkv_sglang.runtime import current_runtime, start_runtime
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+    from polarkv_sglang.radix.direct import DirectRadixCache
 
 
 def create_cache(context: TreeCacheBuildContext) -> PolarRadixCache:
@@ -43,6 +47,36 @@ def create_cache(context: TreeCacheBuildContext) -> PolarRadixCache:
     cache: PolarRadixCache = create_unified_radix_cache(
         context, cache_class=functools.partial(PolarRadixCache, runtime=runtime)
     )
+    runtime.bind_model(context.tp_worker.model_runner)
+    return cache
+
+
+def create_direct_cache(factory: Callable[..., object], context: TreeCacheBuildContext) -> DirectRadixCache:
+    """The cache of direct mode, made by SGLang's own ``factory``, which makes its linker too.
+
+    Raises ConfigError, IncompatibleSGLang or TransportError, before the engine serves.
+    """
+    from polarkv_sglang.radix.direct import DirectRadixCache
+
+    config = config_of(context.server_args)
+    assert config is not None
+    compat.check_surfaces(compat.ENGINE_SURFACES + compat.DIRECT_SURFACES)
+    # A pass may compute with bytes that turn out to be wrong and are not numbers. What it samples is dropped,
+    # but sampling must not end the engine.
+    envs.SGLANG_SANITIZE_NAN_LOGITS.set(True)
+    _hook_scheduler()
+    hooks: dict[str, Callable[..., object]] = {
+        compat.CHUNKED_ABORT: _keep_chunked,
+        compat.PREFILL_BATCH: _revive,
+        compat.ABORT: _note_abort,
+    }
+    for target, hook in hooks.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    compat.check_hooks(hooks)
+    runtime = start_runtime(config)
+    cache = factory(context, cache_class=functools.partial(DirectRadixCache, runtime=runtime))
+    assert isinstance(cache, DirectRadixCache)
     runtime.bind_model(context.tp_worker.model_runner)
     return cache
 
@@ -102,3 +136,29 @@ def _see_batch(_result: None, scheduler: Scheduler, batch: ScheduleBatch, _batch
     cache = scheduler.tree_cache
     if isinstance(cache, PolarRadixCache) and batch.forward_mode.is_extend() and batch.extend_num_tokens:
         cache.rates.observe_prefill(batch.extend_num_tokens, batch.launch_ts)
+
+
+def _keep_chunked(abort: Callable[[Scheduler], None], scheduler: Scheduler) -> None:
+    from polarkv_sglang.radix.direct import DirectRadixCache
+
+    if isinstance(scheduler.tree_cache, DirectRadixCache):
+        scheduler.tree_cache.recompute.take_chunked(scheduler)
+    abort(scheduler)
+
+
+def _revive(
+    choose: Callable[[Scheduler, ScheduleBatch], object], scheduler: Scheduler, running_batch: ScheduleBatch
+) -> object:
+    from polarkv_sglang.radix.direct import DirectRadixCache
+
+    if isinstance(scheduler.tree_cache, DirectRadixCache):
+        scheduler.tree_cache.recompute.revive(scheduler)
+    return choose(scheduler, running_batch)
+
+
+def _note_abort(abort: Callable[[Scheduler, AbortReq], None], scheduler: Scheduler, wanted: AbortReq) -> None:
+    from polarkv_sglang.radix.direct import DirectRadixCache
+
+    abort(scheduler, wanted)
+    if isinstance(scheduler.tree_cache, DirectRadixCache):
+        scheduler.tree_cache.recompute.abort(wanted)

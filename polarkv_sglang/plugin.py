@@ -18,12 +18,14 @@ from uuid import uuid4
 from polarkv_sglang import compat
 from polarkv_sglang.accounting import flatten_meta_info
 from polarkv_sglang.config import PolarConfig, add_flags, build_config, from_flags
+from polarkv_sglang.direct_flags import use_linker
 from polarkv_sglang.errors import ConfigError, PolarError
 from polarkv_sglang.pool.nodes import read_nodes
 from polarkv_sglang.transport.control import NodeTimeout
 from polarkv_sglang.transport.tls import client_tls
 
 if TYPE_CHECKING:
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.server_args import ServerArgs
 
 BACKEND = "polarkv"
@@ -48,7 +50,7 @@ def activate() -> None:
     if get_radix_cache_factory(BACKEND) is None:
         register_radix_cache_backend(BACKEND, _create_cache)
     for target, hook in _LAUNCH_HOOKS.items():
-        kind = HookType.AROUND if hook is _name_adapter else HookType.AFTER
+        kind = HookType.AROUND if hook in (_name_adapter, _choose_cache) else HookType.AFTER
         HookRegistry.register(target, hook, kind)
 
 
@@ -83,28 +85,14 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     compat.check_hooks(_LAUNCH_HOOKS)
     if arguments.disable_radix_cache:
         raise ConfigError("--enable-polarkv needs the radix cache; leave out --disable-radix-cache")
-    if arguments.radix_cache_backend not in (None, BACKEND):
-        raise ConfigError(
-            f"--enable-polarkv brings its own radix cache; leave out --radix-cache-backend "
-            f"{arguments.radix_cache_backend}"
-        )
-    if arguments.hicache_storage_backend not in (None, "dynamic"):
-        raise ConfigError(
-            f"--enable-polarkv is the storage of HiCache; leave out --hicache-storage-backend "
-            f"{arguments.hicache_storage_backend}"
-        )
     # What is wrong with these is better found before the model is loaded than in the schedulers.
     client_tls(config.tls_cert, config.tls_key, config.tls_ca)
     if config.nodes_file is not None:
         read_nodes(Path(config.nodes_file))
-    arguments.radix_cache_backend = BACKEND
-    arguments.enable_hierarchical_cache = True
-    arguments.hicache_storage_backend = "dynamic"
-    arguments.hicache_storage_backend_extra_config = _storage_config(
-        arguments.hicache_storage_backend_extra_config
-    )
-    if config.spill == "evict":
-        arguments.hicache_write_policy = "write_back"
+    if config.mode == "direct":
+        use_linker(arguments)
+    else:
+        _use_hicache(arguments, config)
     if not (config.nodes or config.nodes_file):
         if arguments.nnodes > 1:
             raise ConfigError(
@@ -117,6 +105,28 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     HookRegistry.apply_hooks()
     compat.check_hooks({compat.META_INFO: flatten_meta_info})
     _enabled, _hosts = True, arguments.nnodes
+
+
+def _use_hicache(arguments: ServerArgs, config: PolarConfig) -> None:
+    """Flags of hicache mode; ConfigError for those that contradict it."""
+    if arguments.radix_cache_backend not in (None, BACKEND):
+        raise ConfigError(
+            f"--enable-polarkv brings its own radix cache; leave out --radix-cache-backend "
+            f"{arguments.radix_cache_backend}"
+        )
+    if arguments.hicache_storage_backend not in (None, "dynamic"):
+        raise ConfigError(
+            f"--enable-polarkv is the storage of HiCache; leave out --hicache-storage-backend "
+            f"{arguments.hicache_storage_backend}"
+        )
+    arguments.radix_cache_backend = BACKEND
+    arguments.enable_hierarchical_cache = True
+    arguments.hicache_storage_backend = "dynamic"
+    arguments.hicache_storage_backend_extra_config = _storage_config(
+        arguments.hicache_storage_backend_extra_config
+    )
+    if config.spill == "evict":
+        arguments.hicache_write_policy = "write_back"
 
 
 def config_of(arguments: ServerArgs) -> PolarConfig | None:
@@ -215,8 +225,19 @@ def _create_cache(context: object) -> object:
     return create_cache(context)
 
 
+def _choose_cache(original: Callable[..., object], context: TreeCacheBuildContext, **more: object) -> object:
+    """Around SGLang's cache factory, which direct mode goes through with no backend named."""
+    config = config_of(context.server_args)
+    if config is None or config.mode != "direct":
+        return original(context, **more)
+    from polarkv_sglang.engine import create_direct_cache
+
+    return create_direct_cache(original, context)
+
+
 _LAUNCH_HOOKS: dict[str, Callable[..., object]] = {
     compat.ADD_FLAGS: _add_flags,
     compat.TAKE_FLAGS: _take_flags,
     compat.ADAPTER_ID: _name_adapter,
+    compat.CACHE_FACTORY: _choose_cache,
 }

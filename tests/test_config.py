@@ -58,6 +58,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(
         "copies": ("2", "2"),
         "capacity": ("8GiB", '"8GiB"'),
         "token": ("secret", '"secret"'),
+        "mode": ("hicache", '"hicache"'),
         "spill": ("evict", '"evict"'),
         "deadline": ("0.5", "0.5"),
         "stripe_pages": ("16", "16"),

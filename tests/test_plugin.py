@@ -65,6 +65,43 @@ def test_spill_mode_evict_writes_back() -> None:
     assert arguments.hicache_write_policy == "write_back"
 
 
+def test_direct_mode_is_a_linker_of_the_default_cache() -> None:
+    arguments = launch("--enable-polarkv", *NODES, "--polarkv-mode", "direct")
+    assert arguments.radix_cache_backend is None
+    assert not arguments.enable_hierarchical_cache
+    assert arguments.enable_unified_cache_external_linker
+    assert arguments.unified_cache_external_linker_backend == "dynamic"
+    assert plugin.config_of(arguments).mode == "direct"
+    assert arguments.disable_overlap_schedule
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--enable-hierarchical-cache",),
+        ("--hicache-ratio", "3.0"),
+        ("--hicache-storage-backend", "file"),
+        ("--hicache-write-policy", "write_back"),
+        ("--enable-unified-cache-external-linker",),
+        ("--disaggregation-mode", "prefill"),
+        ("--pp-size", "2"),
+        ("--speculative-algorithm", "EAGLE"),
+        ("--enable-streaming-session",),
+        ("--disable-radix-cache",),
+        ("--polarkv-spill", "evict"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_that_contradict_direct_mode_are_named_with_the_way_out(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        launch("--enable-polarkv", *NODES, "--polarkv-mode", "direct", *flags)
+    said = capsys.readouterr().err
+    named = " ".join(flags).removeprefix("--polarkv-")
+    assert f"leave out --{named}" in said or f"leave out {named}" in said
+
+
 def test_settings_travel_to_the_schedulers_and_the_token_is_not_printed() -> None:
     arguments = launch("--enable-polarkv", *NODES, "--polarkv-token", "s3cret")
     config = plugin.config_of(pickle.loads(pickle.dumps(arguments)))
@@ -111,7 +148,7 @@ def test_an_unknown_variable_is_an_error(
 
 
 def test_an_sglang_without_a_surface_is_refused_by_name_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.check_surfaces((*compat.LAUNCH_SURFACES, *compat.ENGINE_SURFACES))
+    compat.check_surfaces((*compat.LAUNCH_SURFACES, *compat.ENGINE_SURFACES, *compat.DIRECT_SURFACES))
     monkeypatch.delattr(UnifiedRadixCache, "write_backup_storage")
     with pytest.raises(IncompatibleSGLang, match=r"SGLang 0\.5\.\d+ has no .*write_backup_storage"):
         compat.check_surfaces(compat.ENGINE_SURFACES)

@@ -38,6 +38,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=_DESCRIPTION,
     )
     parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("pool", "direct"),
+        default="pool",
+        help="pool: puts and gets. direct: how well a load in direct mode hides behind the forward pass that "
+        "needs it, with layers that only wait. Default: %(default)s.",
+    )
+    parser.add_argument(
         "--transport",
         nargs="+",
         metavar="NAME",
@@ -65,6 +73,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--ucx-library", metavar="PATH", help="libucp.so.0, as for polarkv node.")
     parser.add_argument("--json", action="store_true", help="One JSON object a line.")
+    parser.add_argument(
+        "--pages", type=int, default=32, metavar="N", help="direct: of the prefix, 4 MiB each. Default: 32."
+    )
+    parser.add_argument(
+        "--layer-ms",
+        type=float,
+        metavar="MS",
+        help="direct: that a layer computes for. Default: as long as its KV takes to arrive.",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--index",
@@ -85,12 +102,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 if everything was measured, 1 if something had to be given up."""
-    for name in ("repeats", "blocks", "spread"):
+    for name in ("repeats", "blocks", "spread", "pages"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value} is below 1")
     if args.nodes is not None and (args.index or args.spread is not None):
         raise ConfigError("--index and --spread start memory nodes of their own; leave --nodes out")
+    if args.what == "direct":
+        return _run_direct(args)
     if args.index:
         return _run_index(args)
     if args.spread is not None:
@@ -131,6 +150,37 @@ def _run_throughput(args: argparse.Namespace) -> int:
         else:
             _print_row(_as_cells(row), _COLUMNS, _WIDTHS)
     return 0 if complete else 1
+
+
+def _run_direct(args: argparse.Namespace) -> int:
+    if args.nodes is not None or args.index or args.spread is not None:
+        raise ConfigError("direct starts a memory node of its own; leave out --nodes, --index and --spread")
+    layer_s = None if args.layer_ms is None else args.layer_ms / 1e3
+    if layer_s is not None and not 0 < layer_s < 1:
+        raise ConfigError(f"--layer-ms {args.layer_ms} is out of range; it must be above 0 and below 1000")
+    from statistics import median
+
+    from polarkv_sglang.bench.direct import measure
+
+    for transport in _transports(args, None):
+        rows = measure(transport, args.pages, layer_s, args.repeats, args.ucx_library)
+        if args.json:
+            for row in rows:
+                fields = {
+                    name: [round(each, 6) for each in value] if isinstance(value, list) else value
+                    for name, value in row._asdict().items()
+                }
+                print(json.dumps(fields | {"overlap_efficiency": row.overlap_efficiency}), flush=True)
+        else:
+            row = sorted(rows, key=lambda each: each.overlap_efficiency)[len(rows) // 2]
+            gain = median(each.sequential_s / each.ttft_s for each in rows)
+            print(
+                f"{transport}: {format_bytes(row.bytes)} in {row.layers} layers: transfer "
+                f"{1e3 * row.transfer_s:.1f} ms, compute {1e3 * row.compute_s:.1f} ms, both at once "
+                f"{1e3 * row.ttft_s:.1f} ms: overlap efficiency {row.overlap_efficiency:.2f}, "
+                f"{gain:.2f} times as fast as one after the other"
+            )
+    return 0
 
 
 def _run_index(args: argparse.Namespace) -> int:

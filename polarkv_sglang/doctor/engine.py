@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from polarkv_sglang.compat import BUILT_FOR, ENGINE_SURFACES, LAUNCH_SURFACES
+from polarkv_sglang.compat import BUILT_FOR, DIRECT_SURFACES, ENGINE_SURFACES, LAUNCH_SURFACES
 from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.doctor.findings import Facts, Finding, one_line
 from polarkv_sglang.doctor.surfaces import not_seen
@@ -21,10 +21,10 @@ from polarkv_sglang.errors import ConfigError
 _IMPORT_DEADLINE_S = 300.0
 _IMPORT = """
 import sys
-from polarkv_sglang.compat import ENGINE_SURFACES, LAUNCH_SURFACES, check_surfaces
+from polarkv_sglang.compat import DIRECT_SURFACES, ENGINE_SURFACES, LAUNCH_SURFACES, check_surfaces
 from polarkv_sglang.errors import IncompatibleSGLang
 try:
-    check_surfaces([*LAUNCH_SURFACES, *ENGINE_SURFACES])
+    check_surfaces([*LAUNCH_SURFACES, *ENGINE_SURFACES, *DIRECT_SURFACES])
 except IncompatibleSGLang as error:
     print(error)
     sys.exit(3)
@@ -66,7 +66,7 @@ def check_sglang(facts: Facts) -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         version = "of an unknown version"
     details = {"version": version, "built_for": BUILT_FOR}
-    surfaces = [*LAUNCH_SURFACES, *ENGINE_SURFACES]
+    surfaces = [*LAUNCH_SURFACES, *ENGINE_SURFACES, *DIRECT_SURFACES]
     built_for = "" if version == BUILT_FOR else f" (PolarKV was built for {BUILT_FOR})"
     unseen = not_seen(surfaces)
     if not unseen:

@@ -1,4 +1,4 @@
-"""HiCache's storage tier on the memory pool (L2 <-> L3)."""
+"""HiCache's storage tier on the memory pool (L2 <-> L3), and the linker of direct mode (L1 <-> L3)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -17,10 +16,9 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
-from polarkv_sglang.identity import Namespace, block_keys
-from polarkv_sglang.pool.blocks import Chain, Pieces, chain
+from polarkv_sglang.hicache.naming import JOINT_LAYOUT, SPLIT_LAYOUT, BlockNames, RankPlace
+from polarkv_sglang.pool.blocks import Chain, Pieces
 from polarkv_sglang.runtime import current_runtime
-from polarkv_sglang.weights import WeightsIdentity
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +42,7 @@ class PolarStorage(HiCacheStorage):
         self._ranks = storage_config
         self._runtime = current_runtime()
         self._client = self._runtime.client
-        self._namespace: tuple[WeightsIdentity, bytes] | None = None
+        self._names: BlockNames | None = None
         self._unsupported: set[str] = set()
 
     def register_mem_pool_host(self, mem_pool_host: HostKVCache) -> None:
@@ -149,41 +147,33 @@ class PolarStorage(HiCacheStorage):
 
     def _chain(self, page_hashes: list[str], extra_info: HiCacheStorageExtraInfo | None) -> Chain | None:
         """Blocks of the pages, with their place in the prefix; None while nothing may be shared."""
-        namespace = self._namespace_digest()
-        if namespace is None:
+        names = self.names()
+        digest = names.digest()
+        if digest is None or self._unsupported:
             return None
-        prefix = block_keys(namespace, (extra_info and extra_info.prefix_keys) or [])
-        return chain(prefix, block_keys(namespace, page_hashes), self._runtime.config.stripe_pages)
+        return names.chain(digest, (extra_info and extra_info.prefix_keys) or [], page_hashes)
 
-    def _namespace_digest(self) -> bytes | None:
-        weights = self._runtime.weights.current
-        if not self._runtime.is_bound:
-            _warn_unbound()
-        if weights is None or self._unsupported:
-            return None
-        if self._namespace is None or self._namespace[0] is not weights:
-            self._namespace = (weights, self.namespace(weights).digest())
-        return self._namespace[1]
-
-    def namespace(self, weights: WeightsIdentity) -> Namespace:
-        """Under what this rank's blocks are shared."""
-        pool, ranks = self.mem_pool_host, self._ranks
-        # Rank-replicated KV has one copy in the pool, written by the first rank.
-        replicated = ranks.is_mla_model
-        return Namespace(
-            weights=weights.fingerprint,
-            model_config=weights.model_config,
-            kv_dtype=self._runtime.kv_dtype or "",  # the host pool keeps both kinds of fp8 as uint8
-            page_tokens=pool.page_size,
-            block_bytes=self._block_bytes(),
-            block_layout=f"{type(pool).__name__}/{pool.layout}",
-            tp_rank=0 if replicated else ranks.tp_rank,
-            tp_size=ranks.tp_size,
-            pp_rank=ranks.pp_rank,
-            pp_size=ranks.pp_size,
-            cp_rank=ranks.attn_cp_rank,
-            cp_size=ranks.attn_cp_size,
-        )
+    def names(self) -> BlockNames:
+        """How blocks are named; once a host pool is registered."""
+        if self._names is None:
+            pool, ranks = self.mem_pool_host, self._ranks
+            self._names = BlockNames(
+                self._runtime,
+                RankPlace(
+                    # Rank-replicated KV has one copy in the pool, written by the first rank.
+                    replicated=ranks.is_mla_model,
+                    tp_rank=ranks.tp_rank,
+                    tp_size=ranks.tp_size,
+                    pp_rank=ranks.pp_rank,
+                    pp_size=ranks.pp_size,
+                    cp_rank=ranks.attn_cp_rank,
+                    cp_size=ranks.attn_cp_size,
+                ),
+                page_tokens=pool.page_size,
+                block_bytes=self._block_bytes(),
+                layout=_layout(pool),
+            )
+        return self._names
 
     def _block_bytes(self) -> int:
         import torch
@@ -198,14 +188,6 @@ class PolarStorage(HiCacheStorage):
             raise ValueError(f"a page in pieces of different lengths {sorted(piece_bytes)} is not supported")
         pages = len(host_indices) // self.mem_pool_host.page_size
         return Pieces(np.array(addresses, np.uint64).reshape(pages, -1), piece_bytes.pop())
-
-
-@functools.cache
-def _warn_unbound() -> None:
-    logger.warning(
-        "PolarKV: the storage is used, but no model was bound to it, so nothing is shared; "
-        "make the cache by polarkv_sglang.engine.create_cache, or call runtime.bind_model"
-    )
 
 
 def _or_miss(miss: T, call: Callable[[], T]) -> T:
@@ -226,3 +208,12 @@ def _buffers(pool: HostKVCache) -> list[torch.Tensor]:
     if not tensors:
         raise ValueError(f"host pool {type(pool).__name__} has no buffer that could be registered")
     return tensors
+
+
+def _layout(pool: HostKVCache) -> str:
+    """Order of the bytes in a page of the host pool; direct mode has the same names for the same orders."""
+    kind = type(pool).__name__
+    known = {"MHATokenToKVPoolHost": SPLIT_LAYOUT, "MLATokenToKVPoolHost": JOINT_LAYOUT}
+    if pool.layout == "page_first_direct" and kind in known:
+        return known[kind]
+    return f"{kind}/{pool.layout}"

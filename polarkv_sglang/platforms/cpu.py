@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Weights and L1 get this share of the free RAM; L2, twice as large as L1 by default, lives in the same RAM.
 _MEMORY_FRACTION: Final = 0.25
+# Without L2, but with L1 backed by pages from the start, as the pool registers it.
+_LINKER_MEMORY_FRACTION: Final = 0.5
 
 
 class PolarCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -41,8 +43,11 @@ class PolarCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.hicache_io_backend == "kernel":
             server_args.hicache_io_backend = "direct"
             server_args.hicache_mem_layout = "page_first_direct"
-        if server_args.mem_fraction_static is None and server_args.enable_hierarchical_cache:
-            server_args.mem_fraction_static = _MEMORY_FRACTION
+        if server_args.mem_fraction_static is None:
+            if server_args.enable_hierarchical_cache:
+                server_args.mem_fraction_static = _MEMORY_FRACTION
+            elif server_args.enable_unified_cache_external_linker:
+                server_args.mem_fraction_static = _LINKER_MEMORY_FRACTION
         # The overlapped loop looks at a batch's result after it has launched the next batch. Here a launch is
         # the whole computation: every first token would wait for a decode step.
         server_args.disable_overlap_schedule = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,15 @@ class Pieces(NamedTuple):
     @property
     def block_bytes(self) -> int:
         return int(self.addresses.shape[1]) * self.piece_bytes
+
+
+class Stages(NamedTuple):
+    """Blocks that are read part by part, so that the first parts can be used while the others come."""
+
+    columns: Sequence[
+        Sequence[slice]
+    ]  # of each part, the pieces of a block that it has; together all of them
+    on_arrival: Callable[[int], None]  # called with a part's number once it has come, before it is checked
 
 
 def chain(prefix: Sequence[bytes], keys: Sequence[bytes], stripe_pages: int) -> Chain:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polarkv_sglang.config import parse_address
-from polarkv_sglang.pool.blocks import Chain, Pieces, blob, leading
+from polarkv_sglang.pool.blocks import Chain, Pieces, Stages, blob, leading
 from polarkv_sglang.pool.link import Lane
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
@@ -145,17 +145,19 @@ class PoolClient:
                     break
         return leading(present)
 
-    def get(self, chain: Chain, pieces: Pieces) -> npt.NDArray[np.bool_]:
+    def get(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> npt.NDArray[np.bool_]:
         """Read blocks into ``pieces``; True where the bytes are there and their checksum is right.
 
         What comes after the first miss is not read: a prefix ends there. Where the answer is False the
-        bytes of that block are undefined, and nothing will write to them after the call.
+        bytes of that block are undefined, and nothing will write to them after the call. With ``stages``
+        all blocks come part by part, if all were found where they can be read in parts; otherwise no arrival
+        is told. An arrival says nothing about the bytes: only the answer does, and it is for all parts.
         """
         started = time.monotonic()
         done = np.zeros(len(chain), bool)
         with self._turn(self._get_lane) as in_time:
             if in_time:
-                done = self._reader.read(chain, pieces)
+                done = self._reader.read(chain, pieces, stages)
         count = int(done.sum())
         self._count(got_blocks=count, got_bytes=count * pieces.block_bytes, missed_blocks=len(chain) - count)
         if count:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, blob, leading
+from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, Stages, blob, leading
 from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
 from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.pool.requests import Requests, Route
-from polarkv_sglang.pool.routes import Part, move, route_blocks, usable_nodes
+from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import DRAIN_S, Direction, Library, checksums
 from polarkv_sglang.transport.messages import (
     Fetch,
@@ -90,7 +90,7 @@ class Reader:
         self._heat = HotStripes()
         self._on_corrupt = on_corrupt
 
-    def read(self, chain: Chain, pieces: Pieces) -> npt.NDArray[np.bool_]:
+    def read(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> npt.NDArray[np.bool_]:
         """See ``PoolClient.get``."""
         nodes = usable_nodes(self._lane, self._membership.live)
         batch = _Batch(chain, pieces, nodes, time.monotonic())
@@ -101,9 +101,12 @@ class Reader:
                 located[part.blocks] = True
                 found.append(part)
         end = leading(located)
-        done = self._take(batch, [_head(part, end) for part in found])
+        if end < len(chain) or any(part.addresses is None for part in found):
+            stages = None
+        done = self._take(batch, [_head(part, end) for part in found], stages)
         lost = np.flatnonzero(~done[:end])
-        if len(lost) and self._copies > 1:  # their node failed since
+        # Their node failed since. Stages that were told of have been used, so there it is too late.
+        if len(lost) and self._copies > 1 and stages is None:
             again = self._find(batch, lost, 1)
             done |= self._take(batch, again)
             found += again
@@ -163,14 +166,19 @@ class Reader:
             region_blob=regions.locate(targets).astype("<u8").tobytes(),
         )
 
-    def _take(self, batch: _Batch, found: list[_Found]) -> npt.NDArray[np.bool_]:
+    def _take(
+        self, batch: _Batch, found: list[_Found], stages: Stages | None = None
+    ) -> npt.NDArray[np.bool_]:
         """Get what has not arrived, check everything; a mask over the chain of what is right."""
         chain, pieces = batch.chain, batch.pieces
         leased = [
             Part(part.link, part.blocks, part.addresses) for part in found if part.addresses is not None
         ]
         deadline = batch.started + self._deadline_s
-        moved = move(self._lane, Direction.GET, self._memory, pieces, leased, deadline, self._requests)
+        if stages is None:
+            moved = move(self._lane, Direction.GET, self._memory, pieces, leased, deadline, self._requests)
+        else:
+            moved = self._take_stages(pieces, leased, deadline, stages)
         done = np.zeros(len(chain), bool)
         for part in found:
             arrived = np.ones(len(part.blocks), bool)
@@ -183,6 +191,27 @@ class Reader:
             for position in np.flatnonzero(arrived & ~right).tolist():
                 self._report(chain.keys[part.blocks[position]], part.link, int(part.generations[position]))
         return done
+
+    def _take_stages(self, pieces: Pieces, parts: list[Part], deadline: float, stages: Stages) -> Moved:
+        """Get blocks stage by stage; their checksums, which are those of whole blocks, come at the end."""
+        arrived = np.ones(len(pieces.addresses), bool)
+        for number, columns in enumerate(stages.columns):
+            for run in columns:
+                start = np.uint64((run.start or 0) * pieces.piece_bytes)
+                moved = move(
+                    self._lane,
+                    Direction.GET,
+                    self._memory,
+                    Pieces(np.ascontiguousarray(pieces.addresses[:, run]), pieces.piece_bytes),
+                    [part._replace(addresses=part.addresses + start) for part in parts],
+                    deadline,
+                    self._requests,
+                )
+                arrived &= moved.arrived
+            if not arrived.all():  # what the rest of these blocks is, nobody asks any more
+                return Moved(np.zeros_like(arrived), np.zeros(len(arrived), np.uint64))
+            stages.on_arrival(number)
+        return Moved(arrived, checksums(self._library, pieces.addresses, pieces.piece_bytes))
 
     def _report(self, key: bytes, link: Link, generation: int) -> None:
         """A block is not what was written."""

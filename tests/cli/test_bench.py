@@ -140,3 +140,24 @@ def test_wrong_flag_is_one_line_that_names_it(flags: tuple[str, ...], complaint:
     done = polarkv("bench", *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert complaint in done.stderr
+
+
+@pytest.mark.slow
+def test_direct_tells_when_each_layer_arrived_and_when_it_was_needed() -> None:
+    done = polarkv("bench", "direct", "--json", "--repeats", "2", "--pages", "2", "--transport", "shm")
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout)
+    assert len(found) == 2
+    for row in found:
+        assert row["layers"] == len(row["arrived_s"]) == len(row["needed_s"]) == 32  # type: ignore[arg-type]
+        assert row["arrived_s"] == sorted(row["arrived_s"])  # type: ignore[type-var, arg-type]
+        assert row["needed_s"] == sorted(row["needed_s"])  # type: ignore[type-var, arg-type]
+        assert row["ttft_s"] >= max(row["arrived_s"])  # type: ignore[operator, type-var]
+        slower = max(row["transfer_s"], row["compute_s"])  # type: ignore[type-var]
+        assert row["overlap_efficiency"] == pytest.approx(row["ttft_s"] / slower)  # type: ignore[operator]
+
+
+def test_direct_takes_no_nodes() -> None:
+    done = polarkv("bench", "direct", "--nodes", "127.0.0.1:7411")
+    assert done.returncode != 0
+    assert "leave out --nodes" in done.stderr

@@ -90,7 +90,9 @@ def running_server(
     """Start a server with ``--enable-polarkv`` and wait until it has answered its first request."""
     port = _free_port()
     line = [*launcher, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    line += ["--enable-polarkv", "--page-size", "16", "--max-total-tokens", "4096", "--hicache-ratio", "2"]
+    line += ["--enable-polarkv", "--page-size", "16", "--max-total-tokens", "4096"]
+    if "direct" not in flags:
+        line += ["--hicache-ratio", "2"]
     # Single precision: random weights have near ties, which half precision decides by a batch's shape.
     line += ["--dtype", "float32", "--enable-metrics", *flags]
     environ = {**os.environ, **(environment or {})}

@@ -128,6 +128,13 @@ class FaultyNode:
         with self._memory("r+b") as memory:
             os.pwrite(memory, bytes([byte ^ 0x40]), address)
 
+    def spoil_blocks(self) -> None:
+        """Write bytes over all blocks that are, as numbers, NaN; all blocks are of one length."""
+        statistics, base = self.statistics(), self.slab_address()
+        size = statistics.used_bytes // max(1, statistics.blocks)
+        with self._memory("r+b") as memory:
+            os.pwrite(memory, b"\xff" * (statistics.blocks * size), base)
+
     def read(self, address: int, length: int) -> bytes:
         """Bytes of the process's memory."""
         with self._memory("rb") as memory:

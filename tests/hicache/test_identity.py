@@ -83,7 +83,7 @@ def test_another_shard_never_hits(config: PolarConfig, ranks: dict[str, int]) ->
     with an_engine(config) as engine:
         storage = engine.cache.cache_controller.storage_backend
         storage._ranks = dataclasses.replace(storage._ranks, **ranks)
-        storage._namespace = None
+        storage._names = None
         assert engine.serve(PROMPT) == (0, 0, 0)
 
 

@@ -50,14 +50,7 @@ class Engine:
         load_plugins()
         install_cpu_hooks()
         arguments = ServerArgs(
-            model_path="dummy",
-            page_size=page_tokens,
-            device="cpu",
-            hicache_io_backend="direct",
-            hicache_mem_layout="page_first_direct",
-            hicache_ratio=l2_ratio,
-            hicache_storage_prefetch_policy="wait_complete",
-            hicache_storage_backend_extra_config=f'{{"prefetch_threshold": {page_tokens}}}',
+            model_path="dummy", page_size=page_tokens, device="cpu", **self._flags(page_tokens, l2_ratio)
         )
         arguments._mamba_cache_chunk_size = 64
         enable(arguments, config)
@@ -111,10 +104,25 @@ class Engine:
         self.runtime.weights._identify = lambda: WeightsIdentity(self.weights, "config")
         self.runtime.weights.name()
         self.runtime.weights.adopt()
-        self.cache = PolarRadixCache(params, runtime=self.runtime, policy=policy)
-        self.cache.init_hicache(arguments, params)
+        self.cache = self._make_cache(arguments, params, policy)
         assert self.runtime.client.membership.wait_tried(10)
         self._requests = 0
+
+    def _flags(self, page_tokens: int, l2_ratio: float) -> dict[str, object]:
+        return {
+            "hicache_io_backend": "direct",
+            "hicache_mem_layout": "page_first_direct",
+            "hicache_ratio": l2_ratio,
+            "hicache_storage_prefetch_policy": "wait_complete",
+            "hicache_storage_backend_extra_config": f'{{"prefetch_threshold": {page_tokens}}}',
+        }
+
+    def _make_cache(
+        self, arguments: ServerArgs, params: CacheInitParams, policy: SpillPolicy | None
+    ) -> PolarRadixCache:
+        cache = PolarRadixCache(params, runtime=self.runtime, policy=policy)
+        cache.init_hicache(arguments, params)
+        return cache
 
     def close(self) -> None:
         self.cache.shutdown()

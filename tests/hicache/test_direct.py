@@ -1,0 +1,294 @@
+"""Direct mode in process: KV between L1 and the pool, byte for byte, or a miss that is computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+from polarkv_sglang.config import PolarConfig
+from polarkv_sglang.hicache import loader
+from polarkv_sglang.hicache.staging import InPlace
+from tests.faults.nodes import FaultyNode
+from tests.hicache.direct_harness import DirectEngine, a_direct_engine
+from tests.radix.harness import LAYERS, an_engine, prompt
+
+DEADLINE_S = 0.5
+MODELS = [pytest.param(False, id="mha"), pytest.param(True, id="mla", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def node() -> Iterator[FaultyNode]:
+    with FaultyNode("64MiB").start() as running:
+        yield running
+
+
+@pytest.fixture(params=["mapped", pytest.param("tcp", marks=pytest.mark.slow)])
+def config(node: FaultyNode, request: pytest.FixtureRequest) -> PolarConfig:
+    """Against a node whose slab is mapped, and one that puts what is read."""
+    return settings(node, ucx_tls="tcp" if request.param == "tcp" else None)
+
+
+def settings(*nodes: FaultyNode, **more: object) -> PolarConfig:
+    addresses = tuple(node.address for node in nodes)
+    return PolarConfig(nodes=addresses, mode="direct", deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mla", "core"), [(False, "rust"), (True, "python")], ids=["mha", "mla"])
+def test_a_prompt_comes_back_after_l1_is_lost(config: PolarConfig, mla: bool, core: str) -> None:
+    with a_direct_engine(config, mla=mla, core=core) as engine:
+        assert engine.serve(prompt(1, 256)) == (0, 0, 0)
+        assert engine.serve(prompt(1, 256)) == (256, 0, 0)
+        engine.forget()
+        assert engine.serve(prompt(1, 256)) == (0, 0, 256)
+        engine.check_integrity()
+
+
+def test_a_prefix_in_l1_is_continued_from_the_pool(node: FaultyNode) -> None:
+    """With two nodes and short stripes, so that a block that is looked for in the wrong place is missed."""
+    with (
+        FaultyNode("64MiB").start() as other,
+        a_direct_engine(settings(node, other, stripe_pages=2)) as engine,
+    ):
+        engine.serve(prompt(1, 400))
+        engine.forget()
+        assert engine.serve(prompt(1, 80)) == (0, 0, 80)
+        assert engine.serve(prompt(1, 208)) == (80, 0, 128)
+        assert engine.serve(prompt(1, 400)) == (208, 0, 192)
+        assert engine.serve(prompt(1, 400) + prompt(2, 48)) == (400, 0, 0)
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("mla", MODELS)
+def test_engines_of_both_modes_read_what_the_other_wrote(node: FaultyNode, mla: bool) -> None:
+    hicache = PolarConfig(nodes=(node.address,))
+    with an_engine(hicache, mla=mla) as engine:
+        engine.serve(prompt(1, 256))
+        engine.settle()
+    with a_direct_engine(settings(node), mla=mla) as engine:
+        assert engine.serve(prompt(1, 256)) == (0, 0, 256)
+        engine.serve(prompt(2, 256))
+        engine.settle()
+    with an_engine(hicache, mla=mla) as engine:
+        assert engine.serve(prompt(2, 256)) == (0, 0, 256)
+
+
+@pytest.mark.parametrize("mla", MODELS)
+def test_blocks_that_are_staged_are_those_that_are_moved_in_place(
+    node: FaultyNode, mla: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with a_direct_engine(settings(node), mla=mla) as engine:
+        engine.serve(prompt(1, 256))
+        engine.settle()
+    monkeypatch.setattr(InPlace, "fits", staticmethod(lambda pool: False))  # as on a GPU
+    with a_direct_engine(settings(node), mla=mla) as engine:
+        assert engine.serve(prompt(1, 256)) == (0, 0, 256)
+        engine.serve(prompt(2, 256))
+        engine.forget()
+        assert engine.serve(prompt(2, 256)) == (0, 0, 256)
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
+@pytest.mark.parametrize("mla", MODELS)
+def test_layers_arrive_one_after_another(
+    node: FaultyNode, mla: bool, staged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_GROUP_S", 0.0)  # groups of one layer
+    if staged:
+        monkeypatch.setattr(InPlace, "fits", staticmethod(lambda pool: False))
+    with a_direct_engine(settings(node), mla=mla) as engine:
+        tokens = prompt(1, 256)
+        engine.serve(tokens)
+        engine.forget()
+        for buffer in engine._buffers():
+            buffer.fill_(-1.0)
+        counter, states = engine.linker.layer_done_counter, []
+        complete = counter.complete
+
+        def watch(index: int, layer: int) -> None:
+            (slots,) = engine.cache.linker.private_load_indices.values()
+            states.append([bool((buffer[slots] != -1.0).all()) for buffer in engine._buffers()[:LAYERS]])
+            complete(index, layer)
+
+        monkeypatch.setattr(counter, "complete", watch)
+        assert engine.serve(tokens) == (0, 0, 256)
+        assert states == [[number <= layer for number in range(LAYERS)] for layer in range(LAYERS)]
+
+
+def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_requests(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        beside = engine.request(prompt(2, 32))
+        finish = engine.cache.finish_external_linker_loads
+        failed: list[list[Req]] = []
+
+        def finish_both(requests: list[Req]) -> list[Req]:
+            failed.append(finish([*requests, beside]))
+            return failed[-1]
+
+        monkeypatch.setattr(engine.cache, "finish_external_linker_loads", finish_both)
+        engine.serve(prompt(1, 256), before_load=lambda: flip_a_byte(node, block=9))
+        assert beside in failed[0]
+        assert len(failed[0]) == 2
+        assert failed[1] == []
+
+
+@pytest.mark.parametrize("loss", ["a flipped byte", "a dead node", "a frozen node"])
+def test_what_is_lost_between_lookup_and_load_is_computed(
+    config: PolarConfig, node: FaultyNode, loss: str
+) -> None:
+    with a_direct_engine(config) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+
+        def lose() -> None:
+            if loss == "a dead node":
+                node.kill()
+            elif loss == "a frozen node":
+                node.freeze()
+            else:
+                flip_a_byte(node, block=9)
+
+        l1, _, l3 = engine.serve(prompt(1, 256), before_load=lose)
+        mapped = config.ucx_tls is None
+        if mapped and loss == "a dead node":
+            assert l3 in (0, 256)  # a mapped slab outlives its node
+        else:
+            assert engine.recomputed == 1
+            # Blocks before the broken one are used.
+            assert (l1, l3) == ((0, 144) if loss == "a flipped byte" else (0, 0))
+        if loss == "a frozen node":
+            node.thaw()
+        engine.check_integrity()
+
+
+def test_blocks_that_are_evicted_between_lookup_and_load_are_computed() -> None:
+    with (
+        FaultyNode("16MiB").start() as node,
+        a_direct_engine(settings(node)) as engine,
+        a_direct_engine(settings(node), l1_tokens=2048) as others,
+    ):
+        engine.serve(prompt(1, 256))
+        engine.forget()
+
+        def evict() -> None:
+            for number in range(2, 12):
+                others.serve(prompt(number, 1024))
+                others.settle()
+            assert node.statistics().evictions_total > 0
+
+        assert engine.serve(prompt(1, 256), before_load=evict) == (0, 0, 0)
+        assert engine.recomputed == 1
+        engine.check_integrity()
+
+
+def flip_a_byte(node: FaultyNode, block: int) -> None:
+    statistics = node.statistics()
+    if not statistics.blocks:
+        return
+    size = statistics.used_bytes // statistics.blocks
+    node.flip_at(node.slab_address() + block * size + size // 3)
+
+
+def test_a_request_whose_loads_fail_twice_is_computed_without_the_pool(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        request = engine.request(prompt(1, 256))
+        engine.cache.linker.failures[request] = 2
+        key = engine._key(prompt(1, 256), None, None)
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+
+        assert engine.cache.match_prefix(MatchPrefixParams(key=key, req=request)).host_hit_length == 0
+
+
+def test_a_load_that_breaks_down_ends_and_its_pass_is_dropped(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into slots that L1 does not have, which can be neither written nor zeroed."""
+    monkeypatch.setattr(InPlace, "fits", staticmethod(lambda pool: False))
+    with a_direct_engine(settings(node)) as engine:
+        linker = engine.linker
+        hashes = [f"{number:064x}" for number in range(4)]
+        linker.lookup("a", [PoolTransfer(PoolName.KV, keys=hashes)])
+        beyond = torch.arange(10**6, 10**6 + 4 * engine.cache.page_size)
+        assert linker.load("a", [PoolTransfer(PoolName.KV, keys=hashes, device_indices=beyond)])
+        index = linker.start_layer_wise_loading()
+        landed = linker._started[index].landed.result(timeout=10)
+        assert landed == ({"a": False}, True)
+        linker.finish(index)
+        # The next ones are served.
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        assert engine.serve(prompt(1, 256)) == (0, 0, 256)
+
+
+def test_nothing_of_other_weights_is_served_or_stored(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        guard = engine.runtime.weights
+        engine.serve(prompt(1, 256))
+        guard.suspend()
+        engine.cache.drain_storage()
+        engine.weights = "weights B"
+        guard.name()
+        engine.serve(prompt(2, 256))  # between the update and the flush: under no name
+        engine.forget()
+        assert engine.serve(prompt(1, 256)) == (0, 0, 0)
+        assert engine.serve(prompt(2, 256)) == (0, 0, 0)
+        engine.forget()
+        assert engine.serve(prompt(2, 256)) == (0, 0, 256)
+        # Not even what was found under their name before.
+        engine.forget()
+        assert engine.serve(prompt(2, 256), before_load=guard.suspend) == (0, 0, 0)
+
+
+def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode) -> None:
+    """Random prefixes, aborts before the load, lost and broken blocks."""
+    draw = random.Random(1)
+    with a_direct_engine(settings(node, ucx_tls="tcp"), l1_tokens=1024) as engine:
+        from_pool = 0
+        for step in range(150):
+            tokens = prompt(draw.randrange(6), 16 * draw.randrange(1, 30))
+            match draw.randrange(10):
+                case 0:
+                    abort_queued(engine, tokens)
+                case 1:
+                    engine.serve(tokens, before_load=lambda: flip_a_byte(node, draw.randrange(40)))
+                case _:
+                    from_pool += engine.serve(tokens)[2]
+            if step % 10 == 0:
+                engine.check_integrity()
+        assert from_pool > 1000
+        assert engine.recomputed > 0
+        engine.check_integrity()
+        assert node.statistics().leases == 0
+
+
+def abort_queued(engine: DirectEngine, tokens: list[int]) -> None:
+    """A request that is found in the pool, has its load queued, and is aborted before its batch starts."""
+    from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams
+
+    request = engine.request(tokens)
+    found = engine.cache.match_prefix(MatchPrefixParams(key=engine._key(tokens, None, None), req=request))
+    request.last_node = found.last_device_node
+    if found.host_hit_length:
+        lock = engine.cache.lock(found.best_match_node) if found.device_prefix_len else None
+        engine.cache.init_load_back(
+            InitLoadBackParams(
+                best_match_node=found.best_match_node, host_hit_length=found.host_hit_length, req=request
+            )
+        )
+        slots = engine.cache.linker.private_load_indices.get(request.rid, torch.empty(0))
+        engine.cache.release_aborted_request(request.cache_request_handle)
+        if len(slots):
+            engine.allocator.free(slots)
+        engine.cache.unlock(lock)
+    else:
+        engine.cache.release_aborted_request(request.cache_request_handle)
