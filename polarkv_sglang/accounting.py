@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+    from polarkv_sglang.blend.forward import PassCounts
+
 META_INFO_KEY = "polarkv"
 
 
@@ -24,17 +26,35 @@ class TokenSources(NamedTuple):
     computed: int
 
 
-def token_sources(request: Req) -> TokenSources:
-    """The sources of a request's prompt tokens, as SGLang attributed them at its first prefill."""
+def token_sources(request: Req, blended: int = 0) -> TokenSources:
+    """The sources of a request's prompt tokens, as SGLang attributed them at its first prefill.
+
+    ``blended`` of those that SGLang computed took their KV from elsewhere.
+    """
     prompt = len(request.origin_input_ids)
     l1, l2, l3 = request.cached_tokens_device, request.cached_tokens_host, request.cached_tokens_storage
-    return TokenSources(prompt, l1, l2, l3, l4=0, blended=0, computed=prompt - l1 - l2 - l3)
+    computed = prompt - l1 - l2 - l3 - blended
+    return TokenSources(prompt, l1, l2, l3, l4=0, blended=blended, computed=computed)
 
 
 def accounting_streamer(
-    base: type[SchedulerOutputStreamer], on_finished: Callable[[list[TokenSources]], None]
+    base: type[SchedulerOutputStreamer],
+    on_finished: Callable[[list[TokenSources]], None],
+    blend_counts: Callable[[Req], PassCounts | None],
 ) -> type[SchedulerOutputStreamer]:
-    """A streamer class that adds (and reports) the sources of finished requests to what ``base`` sends."""
+    """A streamer class that adds (and reports) the sources of finished requests to what ``base`` sends.
+
+    ``blend_counts`` tells what CacheBlend did for a request; None where it is off.
+    """
+
+    def parts_of(request: Req) -> tuple[TokenSources, dict[str, int]]:
+        counts = blend_counts(request)
+        if counts is None:
+            sources = token_sources(request)
+            return sources, sources._asdict()
+        sources = token_sources(request, counts.blended)
+        # Of the computed ones, those that had KV elsewhere and were chosen.
+        return sources, {**sources._asdict(), "recomputed": counts.recomputed}
 
     class AccountingStreamer(base):  # a class chosen at run time
         __slots__ = ()
@@ -44,9 +64,9 @@ def accounting_streamer(
             more: dict[str, list[list[dict[str, int]]]] = {}
             if base.has_additional_customized_info:
                 more = super().build_additional_customized_info(reqs)
-            sources = [token_sources(req) if req.finished() else None for req in reqs]
-            on_finished([each for each in sources if each is not None])
-            return {**more, META_INFO_KEY: [[] if each is None else [each._asdict()] for each in sources]}
+            parts = [parts_of(req) if req.finished() else None for req in reqs]
+            on_finished([each[0] for each in parts if each is not None])
+            return {**more, META_INFO_KEY: [[] if each is None else [each[1]] for each in parts]}
 
         def is_request_level_customized_info_key(self, key: str) -> bool:
             return key == META_INFO_KEY or bool(super().is_request_level_customized_info_key(key))

@@ -44,6 +44,8 @@ WEIGHT_CHANGES = tuple(
 )
 STREAMER_CLASS = _SCHEDULER + "get_output_streamer_class"
 BATCH_RESULT = _SCHEDULER + "process_batch_result"
+ADDER_CLASS = _SCHEDULER + "get_prefill_adder_class"
+FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw"
 ADD_FLAGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 TAKE_FLAGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
 META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
@@ -137,6 +139,30 @@ DIRECT_SURFACES = (
     Surface("sglang.srt.managers.schedule_batch.Req.reset_for_retract"),
     Surface("sglang.srt.environ.envs.SGLANG_SANITIZE_NAN_LOGITS.set", ("value",)),
     Surface("sglang.srt.managers.schedule_batch.FINISH_ABORT", ("message", "status_code")),
+)
+# Needed in scheduler processes that blend.
+BLEND_SURFACES = (
+    Surface(ADDER_CLASS),
+    Surface(FORWARD, ("forward_batch",)),
+    Surface("sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", ("req",)),
+    Surface("sglang.srt.managers.schedule_policy.AddReqResult"),
+    Surface("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_kv_buffer", ("layer_id",)),
+    Surface("sglang.srt.layers.layer_boundary.residual.batch.fold", ("hidden_states", "forward_batch")),
+    Surface(
+        "sglang.srt.layers.layer_boundary.residual.batch.set_written", ("hidden_states", "forward_batch")
+    ),
+    Surface("sglang.srt.layers.radix_attention.RadixAttention.forward", ("q", "k", "v", "save_kv_cache")),
+    Surface("sglang.srt.runtime_context.get_parallel"),
+    Surface(_CACHE + "match_prefix", ("params",)),
+    Surface(_CACHE + "path_device_indices", ("node",)),
+    Surface(_CACHE + "lock", ("node_id",)),
+    Surface(_CACHE + "unlock", ("lock",)),
+    Surface(_CACHE + "on_release", ("req", "checkpointed")),
+    Surface(_CACHE + "load_back", ("node_id",)),
+    Surface(_CACHE + "inc_host_lock_ref", ("node_id",)),
+    Surface(_CACHE + "dec_host_lock_ref", ("node_id", "params")),
+    Surface(_CACHE + "full_evictable_size"),
+    Surface(_CACHE + "_all_reduce", ("data", "tp_reduce_op")),
 )
 
 

@@ -14,10 +14,13 @@ from typing import Literal
 
 import msgspec
 
+from polarkv_sglang.blend.stages import Metric, Strategy, parse_stages
 from polarkv_sglang.errors import ConfigError
 
 Mode = Literal["hicache", "direct"]
 SpillMode = Literal["share", "evict"]
+BlendMode = Literal["off", "ask", "all"]
+BlendGate = Literal["verdict", "none"]
 
 ENV_PREFIX = "POLARKV_"
 FLAG_PREFIX = "--polarkv-"
@@ -77,6 +80,20 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     deadline_s: float = msgspec.field(default=1.0, name="deadline")
     stripe_pages: int = 32  # consecutive pages of a prefix that are placed on one memory node
     spill_watermark: float = 0.25  # evict: share of L1 kept free or already copied ahead of need
+    # CacheBlend: nobody; the requests that ask for it; all that do not refuse it.
+    blend: BlendMode = "off"
+    blend_ratio: float = 0.15  # share of reused tokens that is computed again from the check layer on
+    blend_check_layer: int = 1  # where reused tokens are compared with computed ones, counted from 0
+    blend_stages: str = ""  # later layers with lower ratios: LAYER:RATIO,...
+    blend_metric: Metric = "v"  # what is compared: values, keys, or both
+    # Computed again are those that deviate most, or the first tokens of each reused piece.
+    blend_strategy: Strategy = "deviation"
+    blend_chunk_tokens: int = 32  # tokens that have to agree to be found
+    blend_min_tokens: int = 256  # of a prompt that have to be reusable for it to be blended
+    blend_index_tokens: int = 1 << 22  # cached prompts that are searched, in tokens of 8 bytes
+    # Whether a model has to have passed polarkv blend-check, and the folder where that left its verdict.
+    blend_gate: BlendGate = "verdict"
+    blend_verdicts: str | None = None  # none: polarkv/blend in the user's cache folder
     ucx_library: str | None = None  # path of libucp.so.0; none: the system's, else the wheel's
     ucx_tls: str | None = None  # UCX transports, as UCX_TLS; tcp must be among them
     tls_cert: str | None = None  # control plane by mutual TLS: our certificate, its key, and the authority
@@ -98,8 +115,18 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _within("stripe_pages", self.stripe_pages, 1, 4096, "pages")
         _within("spill_watermark", self.spill_watermark, 0.0, 0.9, "of L1")
         _within("copies", self.copies, 1, 3, "memory nodes")
+        _within("blend_ratio", self.blend_ratio, 0.0, 1.0, "of the reused tokens")
+        _within("blend_check_layer", self.blend_check_layer, 1, 1024, "(layer 0 knows no context)")
+        _within("blend_chunk_tokens", self.blend_chunk_tokens, 8, 4096, "tokens")
+        _within("blend_min_tokens", self.blend_min_tokens, 1, 1 << 30, "tokens")
+        _within("blend_index_tokens", self.blend_index_tokens, 1 << 10, 1 << 30, "tokens")
+        parse_stages(self.blend_check_layer, self.blend_ratio, self.blend_stages)
         if self.token == "":
             raise ConfigError("token is empty; leave it out to run without one")
+        if self.mode == "direct" and self.blend != "off":
+            raise ConfigError(
+                f"blend {self.blend} needs mode hicache; leave out mode direct, or the blend setting"
+            )
         if self.mode == "direct" and self.spill == "evict":
             raise ConfigError(
                 "mode direct writes KV to the pool at insert; leave out spill evict, or use mode hicache"
@@ -123,6 +150,17 @@ _HELP = {
     "deadline": "Seconds that one batch against the pool may take before it is a miss. Default: 1.0.",
     "stripe_pages": "Consecutive pages placed on one memory node; equal on all engines. Default: 32.",
     "spill_watermark": "With evict: share of L1 that is free or copied ahead of need. Default: 0.25.",
+    "blend": "CacheBlend: off; ask: for requests that ask for it (also the flag alone); all: unless refused.",
+    "blend_ratio": "Share of reused tokens that is computed again. Default: 0.15.",
+    "blend_check_layer": "Layer at which reused tokens are compared with computed ones. Default: 1.",
+    "blend_stages": "Later layers with lower ratios, LAYER:RATIO,... Default: none.",
+    "blend_metric": "What is compared: v, k or kv. Default: v.",
+    "blend_strategy": "deviation: compute again what deviates most; first: the first tokens of each piece.",
+    "blend_chunk_tokens": "Tokens that have to agree for text to be found again. Default: 32.",
+    "blend_min_tokens": "Tokens of a prompt that have to be reusable for it to be blended. Default: 256.",
+    "blend_index_tokens": "Cached prompts that are searched, in tokens of 8 bytes. Default: 4194304.",
+    "blend_gate": "verdict: blend only a model that passed polarkv blend-check; none: any. Default: verdict.",
+    "blend_verdicts": "Folder of verdicts. Default: polarkv/blend in the user's cache folder.",
     "ucx_library": "Path of libucp.so.0. Default: the system's (>= 1.17), else the wheel's.",
     "ucx_tls": "UCX transports to use, as UCX_TLS. Default: UCX's choice.",
     "tls_cert": "Our certificate (PEM), for mutual TLS with the memory nodes' control servers.",
@@ -141,7 +179,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(f"{FLAG_PREFIX}config", metavar="FILE", help="TOML file with PolarKV settings.")
     for name in SETTINGS:
-        group.add_argument(f"{FLAG_PREFIX}{name.replace('_', '-')}", metavar="VALUE", help=_HELP[name])
+        flag = f"{FLAG_PREFIX}{name.replace('_', '-')}"
+        if name == "blend":
+            group.add_argument(flag, metavar="VALUE", help=_HELP[name], nargs="?", const="ask")
+        else:
+            group.add_argument(flag, metavar="VALUE", help=_HELP[name])
 
 
 def from_flags(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> PolarConfig:
@@ -214,9 +256,16 @@ def _parse(setting: str, text: str, source: str) -> object:
                 return tuple(part.strip() for part in text.split(",") if part.strip())
             case "capacity":
                 return parse_bytes(text)
-            case "stripe_pages" | "copies":
+            case (
+                "stripe_pages"
+                | "copies"
+                | "blend_check_layer"
+                | "blend_chunk_tokens"
+                | "blend_min_tokens"
+                | "blend_index_tokens"
+            ):
                 return int(text)
-            case "deadline" | "spill_watermark":
+            case "deadline" | "spill_watermark" | "blend_ratio":
                 return float(text)
             case _:
                 return text

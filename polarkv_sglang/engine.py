@@ -22,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
+    from polarkv_sglang.blend.forward import PassCounts
     from polarkv_sglang.radix.direct import DirectRadixCache
 
 
@@ -48,6 +49,10 @@ def create_cache(context: TreeCacheBuildContext) -> PolarRadixCache:
         context, cache_class=functools.partial(PolarRadixCache, runtime=runtime)
     )
     runtime.bind_model(context.tp_worker.model_runner)
+    if config.blend != "off":
+        from polarkv_sglang.blend.start import start_blending
+
+        start_blending(cache, context.tp_worker.model_runner)
     return cache
 
 
@@ -129,13 +134,23 @@ def _choose_streamer(
             client = current_runtime().client
             metrics.observe_pool(client.statistics(), len(client.membership.live))
 
-    return accounting_streamer(streamer, on_finished)
+    def blend_counts(request: Req) -> PassCounts | None:
+        cache = scheduler.tree_cache
+        blends = isinstance(cache, PolarRadixCache) and cache.blender is not None
+        return cache.blender.counts(request) if blends else None
+
+    return accounting_streamer(streamer, on_finished, blend_counts)
 
 
 def _see_batch(_result: None, scheduler: Scheduler, batch: ScheduleBatch, _batch_result: object) -> None:
     cache = scheduler.tree_cache
-    if isinstance(cache, PolarRadixCache) and batch.forward_mode.is_extend() and batch.extend_num_tokens:
-        cache.rates.observe_prefill(batch.extend_num_tokens, batch.launch_ts)
+    if not (
+        isinstance(cache, PolarRadixCache) and batch.forward_mode.is_extend() and batch.extend_num_tokens
+    ):
+        return
+    if cache.blender is not None and cache.blender.see_batch(batch.reqs):
+        return  # a blended pass says nothing about the speed of prefill
+    cache.rates.observe_prefill(batch.extend_num_tokens, batch.launch_ts)
 
 
 def _keep_chunked(abort: Callable[[Scheduler], None], scheduler: Scheduler) -> None:

@@ -63,6 +63,17 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(
         "deadline": ("0.5", "0.5"),
         "stripe_pages": ("16", "16"),
         "spill_watermark": ("0.5", "0.5"),
+        "blend": ("all", '"all"'),
+        "blend_ratio": ("0.2", "0.2"),
+        "blend_check_layer": ("2", "2"),
+        "blend_stages": ("4:0.1", '"4:0.1"'),
+        "blend_metric": ("kv", '"kv"'),
+        "blend_strategy": ("first", '"first"'),
+        "blend_chunk_tokens": ("64", "64"),
+        "blend_min_tokens": ("512", "512"),
+        "blend_index_tokens": ("1048576", "1048576"),
+        "blend_gate": ("none", '"none"'),
+        "blend_verdicts": ("/etc/polarkv", '"/etc/polarkv"'),
         "ucx_library": ("/opt/ucx/libucp.so.0", '"/opt/ucx/libucp.so.0"'),
         "ucx_tls": ("tcp,cma", '"tcp,cma"'),
         "tls_cert": ("/etc/polarkv/cert.pem", '"/etc/polarkv/cert.pem"'),
@@ -98,6 +109,13 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(
         (["--polarkv-capacity", "1MiB"], "16 MiB"),
         (["--polarkv-stripe-pages", "0"], "stripe_pages"),
         (["--polarkv-spill-watermark", "1.5"], "spill_watermark"),
+        (["--polarkv-blend", "yes"], "blend"),
+        (["--polarkv-blend-ratio", "1.5"], "blend_ratio 1.5"),
+        (["--polarkv-blend-check-layer", "0"], "blend_check_layer 0"),
+        (["--polarkv-blend-stages", "1:0.1"], "blend_stages"),
+        (["--polarkv-blend-chunk-tokens", "4"], "blend_chunk_tokens 4"),
+        (["--polarkv-mode", "direct", "--polarkv-spill", "evict"], "leave out spill evict"),
+        (["--polarkv-mode", "direct", "--polarkv-blend", "all"], "blend all needs mode hicache"),
         (["--polarkv-token", ""], "token"),
         (["--polarkv-config", "/nowhere.toml"], "/nowhere.toml"),
     ],
@@ -149,3 +167,8 @@ def test_sizes_are_shown_in_binary_units() -> None:
 def test_addresses_may_be_ipv6() -> None:
     assert parse_address("[::1]:7411") == ("::1", 7411)
     assert parse_address("node-4.cluster:7411") == ("node-4.cluster", 7411)
+
+
+def test_the_flag_for_blending_alone_lets_requests_ask() -> None:
+    assert from_flags(parsed("--polarkv-blend"), environ={}).blend == "ask"
+    assert from_flags(parsed(), environ={}).blend == "off"

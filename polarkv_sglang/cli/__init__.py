@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from polarkv_sglang import __version__
-from polarkv_sglang.cli import bench, doctor, node, status
+from polarkv_sglang.cli import bench, blend_check, doctor, node, status
 from polarkv_sglang.errors import ConfigError, PolarError
 
 _TLS_FILES = {
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"polarkv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (node, status, doctor, bench):
+    for command in (node, status, doctor, bench, blend_check):
         subparser = command.add_parser(commands)
         subparser.add_argument(
             "--token",

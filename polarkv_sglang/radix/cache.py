@@ -20,7 +20,10 @@ from polarkv_sglang.runtime import PolarRuntime, current_runtime
 
 if TYPE_CHECKING:
     from sglang.srt.managers.cache_controller import PrefetchOperation
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_radix_cache import CacheRequestHandle
+
+    from polarkv_sglang.blend.blender import Blender
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class PolarRadixCache(UnifiedRadixCache):
         self.runtime = runtime or current_runtime()
         self.policy = policy or CostPolicy()
         self.rates = RateMeter()
+        self.blender: Blender | None = None  # None: CacheBlend is off
         self._steps = 0
         self._yield_next = 0.0  # time.monotonic
         self._inserts = 0
@@ -79,11 +83,21 @@ class PolarRadixCache(UnifiedRadixCache):
         with self.runtime.weights.paused():
             super().reset()
         self._inserts_at_reset = self._inserts
+        if self.blender is not None:
+            self.blender.forget()
         self.runtime.weights.adopt()
 
     def insert(self, params: InsertParams) -> InsertResult:
         self._inserts += 1
-        return super().insert(params)
+        result = super().insert(params)
+        if self.blender is not None:
+            self.blender.learn(params.key)
+        return result
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        if self.blender is not None:
+            self.blender.release(req)
+        super().on_release(req, checkpointed=checkpointed)
 
     def _handle_prefetch_result(self, operation: PrefetchOperation) -> None:
         self._inserts += 1

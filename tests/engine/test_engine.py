@@ -24,6 +24,7 @@ from tests.support import RunningNode, running_node
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 DEADLINE_S = 0.5
+PAGE_TOKENS = 16  # of servers.py
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,19 @@ def server(model: Path, node: RunningNode, tmp_path_factory: pytest.TempPathFact
         yield running
 
 
+def wait_for_blocks(node: RunningNode, count: int) -> None:
+    end = time.monotonic() + 30
+    while (held := node.statistics().blocks) < count:
+        assert time.monotonic() < end, f"the node has {held} blocks instead of {count}"
+        time.sleep(0.05)
+
+
 def test_what_one_server_computed_another_fetches(
     server: Server, model: Path, node: RunningNode, tmp_path: Path
 ) -> None:
     asked = prompt(10, 800)
     first = server.generate(asked)
+    wait_for_blocks(node, 800 // PAGE_TOKENS)
     # The other is started the other way that SGLang offers.
     serve = (str(Path(sys.executable).with_name("sglang")), "serve")
     with running_server(
@@ -60,8 +69,9 @@ def test_what_one_server_computed_another_fetches(
         assert second.tiers.l3 >= 784
         assert second.output_ids == first.output_ids
         # And the reverse.
+        held = node.statistics().blocks
         back = other.generate(prompt(11, 800))
-        time.sleep(0.5)
+        wait_for_blocks(node, held + 800 // PAGE_TOKENS)
         reply = server.generate(prompt(11, 800))
         assert reply.tiers is not None
         assert reply.tiers.l3 >= 784

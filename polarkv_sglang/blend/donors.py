@@ -1,0 +1,72 @@
+"""Exact KV of text that was found: brought to L1 from L2 if need be, and held while it is read."""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from polarkv_sglang.blend.index import Match
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_radix_cache import TreeLock, UnifiedRadixCache
+
+
+class Held(NamedTuple):
+    """The beginning of a donor in L1, locked in the radix tree."""
+
+    slots: torch.Tensor  # int64: of its tokens from the first on
+    lock: TreeLock
+
+
+class Gone(NamedTuple):
+    """Nothing of a match is in L1 or L2 any more."""
+
+
+@contextlib.contextmanager
+def prefix_kept(cache: UnifiedRadixCache, request: Req) -> Iterator[None]:
+    """The request's own match stays as it is while donors are brought to L1 and push others out."""
+    lock = cache.lock(request.last_node)
+    host = request.best_match_node
+    receipt = cache.inc_host_lock_ref(host).to_dec_params() if request.host_hit_length else None
+    try:
+        yield
+    finally:
+        if receipt is not None:
+            cache.dec_host_lock_ref(host, receipt)
+        cache.unlock(lock)
+
+
+def hold(cache: UnifiedRadixCache, match: Match, room: int) -> Held | Gone | None:
+    """Lock a match's donor in L1, as far as the tree has it; None if that is not as far as the match.
+
+    What is in L2 alone is loaded, if it has at most ``room`` tokens; it arrives layer by layer while the
+    next batch is computed, as SGLang's own loads do, and reading a layer waits for it.
+    """
+    donor = match.donor
+    page = cache.page_size
+    key = RadixKey(
+        array("q", donor.tokens.tobytes()),
+        donor.space.extra_key,
+        # The tree knows whole pages; the last one of a match goes on with the donor's own text.
+        limit=min(len(donor.tokens), -(-match.donor_end // page) * page),
+        cache_salt=donor.space.cache_salt,
+    )
+    found = cache.match_prefix(MatchPrefixParams(key=key))
+    if found.device_prefix_len + found.host_hit_length <= match.donor_start:
+        return Gone()
+    if 0 < found.host_hit_length <= room and cache.load_back(found.best_match_node):
+        found = cache.match_prefix(MatchPrefixParams(key=key))
+    if found.device_prefix_len <= match.donor_start:
+        return None
+    lock = cache.lock(found.last_device_node)
+    if lock is None:
+        return None
+    slots = cache.path_device_indices(found.last_device_node)[: found.device_prefix_len]
+    return Held(slots[: match.donor_end].to(torch.int64), lock)

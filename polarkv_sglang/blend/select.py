@@ -1,0 +1,40 @@
+"""Which of the rows with cached KV a pass recomputes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from polarkv_sglang.blend.stages import Metric, Stage, Strategy
+
+
+class Selection(NamedTuple):
+    """How rows are chosen; equal on all ranks."""
+
+    stages: tuple[Stage, ...]  # ascending layers from 1 on, ratios that do not rise
+    metric: Metric = "v"
+    strategy: Strategy = "deviation"
+
+    def with_ratio(self, ratio: float) -> Selection:
+        """The same with another ratio at the check layer; later stages narrow by the same factors."""
+        first = self.stages[0].ratio
+        scale = ratio / first if first else 0.0
+        later = [Stage(stage.layer, stage.ratio * scale) for stage in self.stages[1:]]
+        return self._replace(stages=(Stage(self.stages[0].layer, ratio), *later))
+
+
+def chosen_rows(cached_rows: int, ratio: float) -> int:
+    """How many of so many rows a ratio is: rounded to the nearest, never fewer for a higher ratio."""
+    return min(cached_rows, math.floor(ratio * cached_rows + 0.5))
+
+
+def choose_by_deviation(deviation: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the ``count`` largest, ascending; int64."""
+    return deviation.topk(count).indices.sort().values
+
+
+def choose_first(offsets: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the ``count`` tokens that are nearest to the start of their pieces, ascending; int64."""
+    return offsets.argsort(stable=True)[:count].sort().values

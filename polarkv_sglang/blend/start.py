@@ -1,0 +1,111 @@
+"""CacheBlend brought into a scheduler process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from polarkv_sglang import compat
+from polarkv_sglang.blend.adder import blending_adder
+from polarkv_sglang.blend.blender import Blender
+from polarkv_sglang.blend.model import Unsupported, inspect_model
+from polarkv_sglang.blend.verdict import missing_verdict, verdict_path, verdicts_folder
+from polarkv_sglang.radix.cache import PolarRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
+
+logger = logging.getLogger(__name__)
+
+_blended: tuple[ModelRunner, Blender] | None = None  # of this process
+
+
+def start_blending(cache: PolarRadixCache, runner: ModelRunner) -> None:
+    """Let the engine blend, if its model and settings can be; says why if not. The same on all ranks.
+
+    Raises ConfigError for stages that the model does not have, IncompatibleSGLang.
+    """
+    global _blended
+    from sglang.srt.runtime_context import get_parallel
+
+    compat.check_surfaces(compat.BLEND_SURFACES)
+    try:
+        model = inspect_model(runner)
+    except Unsupported as reason:
+        logger.warning("PolarKV: CacheBlend is off, prompts are computed in full: %s", reason)
+        return
+    unchecked = _unchecked(cache, runner)
+    if unchecked is not None:
+        logger.warning(
+            "PolarKV: CacheBlend is off: %s; run polarkv blend-check %s --dtype %s (or set blend_gate=none)",
+            unchecked,
+            runner.server_args.model_path,
+            str(runner.dtype).removeprefix("torch."),
+        )
+        return
+    agree = functools.partial(_agree, cache) if get_parallel().tp_group.world_size > 1 else None
+    blender = Blender(cache, model, cache.runtime.config, agree)
+    cache.blender = blender
+    _blended = runner, blender
+    hooks: dict[str, Callable[..., object]] = {
+        compat.ADDER_CLASS: _choose_adder,
+        compat.FORWARD: _forward,
+    }
+    HookRegistry.register(compat.ADDER_CLASS, _choose_adder, HookType.AFTER)
+    HookRegistry.register(compat.FORWARD, _forward, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    compat.check_hooks(hooks)
+    logger.info("PolarKV: CacheBlend is on (%s)", cache.runtime.config.blend)
+
+
+def _unchecked(cache: PolarRadixCache, runner: ModelRunner) -> str | None:
+    """Why the model may not be blended yet; None if it may. With several ranks a collective."""
+    config = cache.runtime.config
+    if config.blend_gate == "none":
+        return None
+    reason = missing_verdict(verdict_path(verdicts_folder(config.blend_verdicts), runner))
+    # Hosts may have different folders.
+    passed = torch.tensor([int(reason is None)])
+    cache._all_reduce(passed, torch.distributed.ReduceOp.MIN)
+    return reason or (None if bool(passed) else "the verdict is not on every host")
+
+
+def _agree(cache: PolarRadixCache, number: int) -> bool:
+    bounds = torch.tensor([number, -number], dtype=torch.int64)
+    cache._all_reduce(bounds, torch.distributed.ReduceOp.MIN)
+    return int(bounds[0]) == -int(bounds[1])
+
+
+def _choose_adder(adder: type[PrefillAdder], scheduler: Scheduler) -> type[PrefillAdder]:
+    cache = scheduler.tree_cache
+    if not isinstance(cache, PolarRadixCache) or cache.blender is None:
+        return adder
+    if adder not in _adders:
+        _adders[adder] = blending_adder(adder, cache.blender)
+    return _adders[adder]
+
+
+_adders: dict[type[PrefillAdder], type[PrefillAdder]] = {}  # a scheduler asks on every pass
+
+
+def _forward(
+    compute: Callable[..., ModelRunnerOutput],
+    runner: ModelRunner,
+    forward_batch: ForwardBatch,
+    *args: object,
+    **kwargs: object,
+) -> ModelRunnerOutput:
+    def whole() -> ModelRunnerOutput:
+        return compute(runner, forward_batch, *args, **kwargs)
+
+    if _blended is None or _blended[0] is not runner:
+        return whole()
+    return _blended[1].forward(runner, forward_batch, whole)

@@ -1,0 +1,55 @@
+"""Tensor parallelism: every rank chooses the same rows, and they are those that one rank alone chooses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.common import tiny_models
+from tests.support import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(model: Path, ranks: int) -> list[subprocess.Popen[str]]:
+    port = str(free_port())
+    command = [sys.executable, "-m", "tests.blend.rank", str(model)]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), port],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def result(process: subprocess.Popen[str]) -> Any:
+    out, err = process.communicate(timeout=100)
+    lines = [line for line in out.splitlines() if line.startswith("RESULT")]
+    assert lines, err[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT"))
+
+
+@pytest.mark.slow
+def test_every_rank_chooses_the_same_rows(tmp_path: Path) -> None:
+    model = tiny_models.build("glm4_moe", tmp_path / "model", dtype=torch.float32)
+    processes = start(model, 1) + start(model, 2)
+    try:
+        alone, first, second = map(result, processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert first[0] == second[0] == alone[0]
+    assert len({str(rows) for rows in alone[0]}) == len(alone[0])
+    for blended, whole in (first[1], second[1]):
+        assert blended > 1e-2
+        assert whole < 1e-5

@@ -1,0 +1,111 @@
+"""What users meet: servers that blend prompts which ask for it, and never share what they blended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from examples.common import tiny_models
+from tests.engine.servers import Server, prompt, running_server
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+HEAD, ONE, TWO, QUESTION = prompt(3, 37), prompt(1, 300), prompt(2, 250), prompt(4, 20)
+FLAGS = (
+    "--polarkv-blend",
+    "--polarkv-blend-min-tokens",
+    "64",
+    "--polarkv-blend-gate",
+    "none",
+    "--chunked-prefill-size",
+    "256",
+)
+
+
+class Answer(NamedTuple):
+    output_ids: list[int]
+    cached_tokens: int
+    sources: dict[str, int]
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["TP=1", "TP=2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("blending")
+    model = tiny_models.build("llama", folder / "llama", dtype=torch.float32)
+    flags = (*FLAGS, "--tp", str(request.param))
+    # With more threads than cores, those of small operations wait for each other.
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    with running_server(model, folder / "server.log", *flags, environment=one_thread) as running:
+        yield running
+
+
+def ask(server: Server, tokens: list[int], *, request: dict[str, Any] | None = None, **custom: Any) -> Answer:
+    parameters = {"temperature": 0, "max_new_tokens": 8, "custom_params": custom or None}
+    reply = server.post("/generate", input_ids=tokens, sampling_params=parameters, **(request or {}))
+    meta: Any = reply["meta_info"]
+    sources = meta["polarkv"]
+    parts = ("l1", "l2", "l3", "l4", "blended", "computed")
+    assert sum(sources[part] for part in parts) == sources["prompt"] == len(tokens)
+    return Answer(list(reply["output_ids"]), meta["cached_tokens"], sources)  # type: ignore[call-overload]
+
+
+def test_a_prompt_of_known_documents_is_blended_and_leaves_no_trace(server: Server) -> None:
+    ask(server, HEAD + ONE + TWO)
+    asked = HEAD + TWO + ONE + QUESTION
+    known, prefix = len(ONE + TWO), 32
+    whole = ask(server, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
+    assert whole.sources["blended"] == 0
+    assert whole.sources["recomputed"] >= known - 3  # the last row of each pass is computed anyway
+    partly = ask(server, asked, polarkv_blend=True)
+    assert partly.sources["recomputed"] == pytest.approx(0.15 * known, abs=3)
+    assert partly.sources["blended"] == pytest.approx(0.85 * known, abs=3)
+    # Neither is a prefix for anyone: this one is computed, and says the same as ratio 1 did.
+    exact = ask(server, asked)
+    assert exact.cached_tokens == prefix
+    assert (exact.sources["blended"], exact.sources["recomputed"]) == (0, 0)
+    assert exact.output_ids == whole.output_ids
+    # The exact one is.
+    assert ask(server, asked).cached_tokens == (len(asked) - 1) // 16 * 16
+
+
+def test_blended_kv_reaches_neither_host_memory_nor_pool(server: Server) -> None:
+    ask(server, prompt(21, 300) + prompt(22, 300))
+    asked = prompt(22, 300) + prompt(21, 300) + prompt(23, 20)
+    blended = ask(server, asked, polarkv_blend=True)
+    assert blended.sources["blended"] > 300
+    # Once what was asked later is in the pool, whatever was to be written of it is there, too.
+    later = prompt(24, 300)
+    server.generate(later)
+    server.generate_from_pool(later, 288)
+    exact = ask(server, asked)
+    assert exact.cached_tokens == 0
+    assert exact.sources["blended"] == 0
+
+
+def test_requests_that_cannot_be_blended_are_answered_in_full(server: Server) -> None:
+    ask(server, prompt(31, 300) + prompt(32, 300))
+    asked = prompt(32, 300) + prompt(31, 300) + prompt(33, 20)
+    logprobs = {"return_logprob": True, "logprob_start_len": 0}
+    assert ask(server, asked, request=logprobs, polarkv_blend=True).sources["blended"] == 0
+    asked = prompt(32, 300) + prompt(31, 299) + prompt(34, 20)
+    assert ask(server, asked, polarkv_blend=True, polarkv_blend_ratio="many").sources["blended"] == 0
+
+
+def test_documents_that_left_l1_are_blended_from_l2(server: Server) -> None:
+    ask(server, HEAD + prompt(41, 400) + prompt(42, 400))
+    asked = HEAD + prompt(42, 400) + prompt(41, 400) + QUESTION
+    for seed in range(50, 58):
+        ask(server, prompt(seed, 600))
+    whole = ask(server, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
+    assert whole.sources["recomputed"] > 700
+    for seed in range(60, 68):
+        ask(server, prompt(seed, 600))
+    partly = ask(server, asked, polarkv_blend=True)
+    assert partly.sources["blended"] > 600
+    exact = ask(server, asked)
+    assert exact.sources["blended"] == 0
+    assert exact.cached_tokens <= 48
+    assert exact.output_ids == whole.output_ids
