@@ -102,7 +102,10 @@ class Requests:
         if lane.links.get(link.address) is not link:
             return
         try:
-            link.control.tell(message, _SEND_S)
+            if isinstance(message, Release):
+                link.control.release(message, _SEND_S)
+            else:
+                link.control.send(message, _SEND_S)
         except NodeError as error:
             self.fail(lane, link, str(error))
 

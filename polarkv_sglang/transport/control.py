@@ -42,9 +42,7 @@ from polarkv_sglang.transport.messages import (
     Release,
     Renew,
     Renewed,
-    Replicate,
     Reply,
-    ReportCorrupt,
     Request,
     Reserve,
     Reserved,
@@ -127,8 +125,8 @@ class ControlConnection:
         """Send one message; NodeError if the node is gone or reads nothing for ``deadline_s`` seconds."""
         self._send(message, time.monotonic() + deadline_s)
 
-    def tell(self, message: Release | ReportCorrupt | Replicate, deadline_s: float) -> None:
-        """Send what has no reply and no hurry: with the next request, or in 200 ms. Raises as ``send``."""
+    def release(self, message: Release, deadline_s: float) -> None:
+        """Send what has no hurry: with the next request, or in 200 ms. Raises as ``send``."""
         self._send(message, time.monotonic() + deadline_s, more=True)
 
     def receive(self, deadline: float) -> FromNode:
