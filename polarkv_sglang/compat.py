@@ -14,7 +14,7 @@ BUILT_FOR = "0.5.23"
 
 
 class Surface(NamedTuple):
-    """A callable of SGLang, and the parameters by which we call or override it."""
+    """Something of SGLang, and if we call or override it, the parameters by which we do."""
 
     path: str
     parameters: tuple[str, ...] = ()
@@ -134,10 +134,12 @@ DIRECT_SURFACES = (
     Surface(CHUNKED_ABORT),
     Surface(PREFILL_BATCH, ("running_batch",)),
     Surface(ABORT, ("recv_req",)),
-    Surface("sglang.srt.managers.io_struct.AbortReq", ("rid", "abort_all")),
+    Surface("sglang.srt.managers.io_struct.BaseReq", ("rid",)),
+    Surface("sglang.srt.managers.io_struct.AbortReq", ("abort_all",)),
     Surface("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
     Surface("sglang.srt.managers.schedule_batch.Req.reset_for_retract"),
-    Surface("sglang.srt.environ.envs.SGLANG_SANITIZE_NAN_LOGITS.set", ("value",)),
+    Surface("sglang.srt.environ.Envs.SGLANG_SANITIZE_NAN_LOGITS"),
+    Surface("sglang.srt.environ.EnvField.set", ("value",)),
     Surface("sglang.srt.managers.schedule_batch.FINISH_ABORT", ("message", "status_code")),
 )
 # Needed in scheduler processes that blend.
@@ -173,8 +175,8 @@ def check_surfaces(surfaces: Iterable[Surface]) -> None:
             found = pkgutil.resolve_name(surface.path)
         except (ImportError, AttributeError) as error:
             raise _incompatible(f"has no {surface.path}") from error
-        missing = set(surface.parameters) - set(inspect.signature(found).parameters)
-        if missing:
+        takes = inspect.signature(found).parameters if surface.parameters else ()
+        if missing := set(surface.parameters).difference(takes):
             raise _incompatible(f"has {surface.path} without {', '.join(sorted(missing))}")
 
 

@@ -13,7 +13,7 @@ from polarkv_sglang.compat import Surface
 _MAX_HOPS = 20  # re-exports and base classes on the way to a definition
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-_Definition = _Function | ast.ClassDef
+_Definition = _Function | ast.ClassDef | ast.Assign  # of an attribute, which has no parameters
 
 
 def not_seen(surfaces: Iterable[Surface]) -> list[Surface]:
@@ -33,11 +33,22 @@ def _is_seen(surface: Surface) -> bool:
 
 
 def _takes(found: _Definition, parameters: tuple[str, ...]) -> bool:
-    if isinstance(found, ast.ClassDef):
+    """Of a class: its own constructor, or the fields of a struct."""
+    if isinstance(found, ast.Assign):
         return not parameters
+    if isinstance(found, ast.ClassDef):
+        constructor = [s for s in _statements(found) if isinstance(s, _Function) and s.name == "__init__"]
+        if not constructor:
+            return _fields(found).issuperset(parameters)
+        found = constructor[0]
     arguments = found.args
     names = {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
     return names.issuperset(parameters)
+
+
+def _fields(owner: ast.ClassDef) -> set[str]:
+    annotated = (statement for statement in _statements(owner) if isinstance(statement, ast.AnnAssign))
+    return {statement.target.id for statement in annotated if isinstance(statement.target, ast.Name)}
 
 
 def _find(module: str, names: list[str], hops: int) -> _Definition | None:
@@ -46,7 +57,7 @@ def _find(module: str, names: list[str], hops: int) -> _Definition | None:
     if tree is None or hops == 0:
         return None
     for statement in _statements(tree):
-        if isinstance(statement, _Definition) and statement.name == names[0]:
+        if isinstance(statement, _Function | ast.ClassDef) and statement.name == names[0]:
             return statement if len(names) == 1 else _find_member(module, statement, names[1:], hops)
         if isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
@@ -61,6 +72,10 @@ def _find_member(module: str, owner: _Definition, names: list[str], hops: int) -
         return None
     for statement in _statements(owner):
         if isinstance(statement, _Function) and statement.name == names[0]:
+            return statement
+        if isinstance(statement, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == names[0] for target in statement.targets
+        ):
             return statement
     for base in owner.bases:
         name = base.value if isinstance(base, ast.Subscript) else base  # Base[T]
