@@ -24,7 +24,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     l3: int
     computed: int
     ttft_s: float  # with PolarKV
-    l1_ttft_s: float  # with PolarKV, the same prompt again at once
+    l1_ttft_s: float  # with PolarKV, the same prompt again, after the other engine's turn
     plain_ttft_s: float  # the same SGLang without a pool
     outputs_equal: bool
 

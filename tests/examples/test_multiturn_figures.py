@@ -229,5 +229,12 @@ def test_goals_of_the_chatbot_are_judged_by_rate_and_by_what_l3_restores():
     assert "memcpy" in missed[1].line()
 
 
+def test_what_l3_restores_is_judged_in_the_mode_that_restores_faster():
+    both = {"polarkv": restored(1.4), "polarkv-direct": restored(1.1), "hicache-file": restored(1.3)}
+    verdict = verdicts(CHATBOT, CHATBOT.laptop, results(**both))[1]
+    assert verdict.reached
+    assert "direct" in verdict.measured
+
+
 def test_a_published_run_has_no_laptop_goals():
     assert verdicts(GLM45, GLM45.published, results()) == []
