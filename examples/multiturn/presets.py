@@ -89,7 +89,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     """One setting of a scenario.
 
     Arrivals are open loop at ``qps`` requests a second, or, where that is None, at ``load`` times the rate
-    at which this machine computes whole histories, measured when the run begins.
+    at which this machine answers requests with fresh histories one by one, measured when the run begins.
     """
 
     name: PresetName

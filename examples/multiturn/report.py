@@ -40,7 +40,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     environment: Environment
     qps: float
     published_qps: float | None
-    compute_s: float | None  # of one whole history, where the rate was derived from it
+    request_s: float | None  # of one request with a fresh history, where the rate was derived from it
     page_tokens: int
     l1_tokens: int
     l2_tokens: int
@@ -90,7 +90,7 @@ def report(scenario: Scenario, preset: Preset, model: str, results: Results, goa
         environment=environment(),
         qps=results.rate.qps,
         published_qps=preset.published_qps,
-        compute_s=results.rate.compute_s,
+        request_s=results.rate.request_s,
         page_tokens=preset.page_tokens,
         l1_tokens=sizes.l1_tokens,
         l2_tokens=sizes.l2_tokens,

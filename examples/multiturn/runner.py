@@ -35,7 +35,7 @@ class Rate(NamedTuple):
     """Requests a second that are offered, and what they were derived from."""
 
     qps: float
-    compute_s: float | None  # seconds that one whole history takes to compute; None: the rate was given
+    request_s: float | None  # seconds of one whole request with a fresh history; None: the rate was given
 
 
 class Results(NamedTuple):
@@ -111,16 +111,21 @@ class Runner:
 
     async def _warm_up(self, system: System, url: str) -> None:
         """Part of a fresh history; on the first system whole ones too, which set the rate."""
+        answer_tokens = self._preset.conversations.answer_tokens
         first, *whole = (speaker.ask() for speaker in self._speakers("warm-up", 1 + CALIBRATIONS))
         async with Client(url) as client:
             await client.generate(first[: len(first) // WARM_UP_PART], 2, ignore_eos=True)
             if self._rate is None:
                 seconds: list[float] = []
                 while len(seconds) < CALIBRATIONS and sum(seconds) < ENOUGH_S:
-                    seconds.append((await client.generate(whole[len(seconds)], 1)).ttft_s)
-                compute_s = median(seconds)
-                say(f"{system.label}: a fresh history of {len(first)} tokens takes {compute_s:.3f} s")
-                self._rate = Rate(self._preset.load / compute_s, compute_s)
+                    answer = await client.generate(whole[len(seconds)], answer_tokens)
+                    seconds.append(answer.ttft_s + sum(answer.token_gaps_s))
+                request_s = median(seconds)
+                say(
+                    f"{system.label}: a fresh history of {len(first)} tokens and {answer_tokens} more"
+                    f" take {request_s:.3f} s"
+                )
+                self._rate = Rate(self._preset.load / request_s, request_s)
                 say(describe_rate(self._rate, self._preset))
 
     async def _play(self, system: System, url: str, repeat: int) -> None:
@@ -174,11 +179,11 @@ def describe_rate(rate: Rate, preset: Preset) -> str:
     scale = ""
     if preset.published_qps is not None:
         scale = f", {rate.qps / preset.published_qps:.3f} of the published {preset.published_qps:g}"
-    if rate.compute_s is None:
+    if rate.request_s is None:
         return f"arrivals: {rate.qps:g} requests/s{scale}"
     return (
-        f"arrivals: {rate.qps:.3f} requests/s, {preset.load:g} times what this machine computes "
-        f"(one history in {rate.compute_s:.3f} s){scale}"
+        f"arrivals: {rate.qps:.3f} requests/s, {preset.load:g} times what is answered here without a cache "
+        f"(one request in {rate.request_s:.3f} s){scale}"
     )
 
 

@@ -73,7 +73,7 @@ _GLM_LAPTOP_TALK: Final = Conversations(
     rounds=10,
     history_tokens=-(-10_000 // _GLM_PAGE) * _GLM_LAPTOP_PAGE,
     question_tokens=_GLM_LAPTOP_PAGE,
-    answer_tokens=_GLM_LAPTOP_PAGE,
+    answer_tokens=_GLM_LAPTOP_PAGE // 2,
     vocabulary=tiny_models.VOCAB_SIZE,
 )
 _GLM_LAPTOP_SIZES: Final = {"hidden_size": 256, "num_hidden_layers": 3, "intermediate_size": 1024}

@@ -48,7 +48,7 @@ def chunk(output_ids: list[int], **meta: object) -> dict[str, object]:
 
 def test_the_last_chunk_is_the_reply_and_the_first_token_stops_the_clock():
     chunks = [chunk([]), chunk([7]), chunk([7, 8], cached_tokens=2, polarkv=TIERS)]
-    delay_s = 0.2
+    delay_s = 0.4
     with server(chunks, delay_s=delay_s) as port:
         started = time.perf_counter()
         reply = generate(port, [1, 2, 3], 2)
@@ -56,7 +56,9 @@ def test_the_last_chunk_is_the_reply_and_the_first_token_stops_the_clock():
     assert reply.output_ids == (7, 8)
     assert reply.cached_tokens == 2
     assert reply.tiers == Tiers(**TIERS)
-    assert delay_s <= reply.ttft_s <= total_s - 2 * delay_s
+    assert (
+        delay_s <= reply.ttft_s <= total_s - delay_s
+    )  # two pauses come after it: one may be lost on a busy machine
 
 
 def test_plain_sglang_has_no_tiers():
