@@ -23,6 +23,10 @@ class Chain(NamedTuple):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def part(self, blocks: slice) -> Chain:
+        """Some consecutive blocks of it."""
+        return Chain(self.keys[blocks], self.parents[blocks], self.anchors[blocks])
+
 
 class Pieces(NamedTuple):
     """Where the bytes of each block of a chain lie in registered memory.
@@ -32,10 +36,18 @@ class Pieces(NamedTuple):
 
     addresses: npt.NDArray[np.uint64]  # [blocks, pieces]
     piece_bytes: int
+    # Where the processor cannot read the bytes (a GPU's memory): computes the checksums of some blocks.
+    checksums: Callable[[Blocks], npt.NDArray[np.uint64]] | None = None
 
     @property
     def block_bytes(self) -> int:
         return int(self.addresses.shape[1]) * self.piece_bytes
+
+    def of(self, blocks: Blocks) -> npt.NDArray[np.uint64]:
+        """Addresses of different blocks, in the chain's order; ``[len(blocks), pieces]``, contiguous."""
+        if len(blocks) == len(self.addresses) and self.addresses.flags.c_contiguous:
+            return self.addresses
+        return self.addresses[blocks]
 
 
 class Stages(NamedTuple):

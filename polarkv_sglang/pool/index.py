@@ -16,11 +16,15 @@ import numpy as np
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.eviction import EvictionPolicy, LeastRecentlyUsed
+from polarkv_sglang.pool.leases import Leases
 from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.pool.table import BlockTable, Rows
-from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
+from polarkv_sglang.transport.messages import KeyState
 
 RESERVATION_S = 30.0
+# Of a slab, what leases may keep when a request that only waits asks for one more: the rest is room for what
+# is written and read now.
+MOST_HELD = 0.5
 # Bounds the work of one request where blocks of another length must go until a segment is free; the next
 # request carries on.
 _MAX_SUGGESTIONS = 8192
@@ -34,14 +38,6 @@ class _Writing(NamedTuple):
     owner: int
     deadline: float
     rows: list[int]
-
-
-class _Reading(NamedTuple):
-    """A lease."""
-
-    owner: int
-    deadline: float
-    rows: Rows
 
 
 class Reservation(NamedTuple):
@@ -60,6 +56,11 @@ class Lease(NamedTuple):
     generations: list[int]
 
 
+class Hold(NamedTuple):
+    number: int  # 0: nothing is kept
+    present: bytes  # one byte per key: 1 for a committed block
+
+
 class Description(NamedTuple):
     """Columns hold one entry per key; for a miss NO_PARENT and 0."""
 
@@ -75,6 +76,7 @@ class IndexStatistics(NamedTuple):
     blocks: int
     reservations: int
     leases: int
+    leased_bytes: int
     quarantined_blocks: int
     hits_total: int
     misses_total: int
@@ -90,7 +92,7 @@ class Index:
     """Blocks, who writes them and who reads them. Owned by one thread; no call waits for anything.
 
     ``owner`` is a connection: only the owner can end its reservations and leases. If it disappears they
-    live on until they expire, since its transfers may still be under way.
+    live on until they expire, since its transfers may still be under way; only its holds have none.
     """
 
     def __init__(
@@ -112,12 +114,12 @@ class Index:
         # How many blocks continue a block that is not here: it is on another node, or not here yet.
         self._absent: dict[bytes, int] = {}
         self._reservations: dict[int, _Writing] = {}
-        self._leases: dict[int, _Reading] = {}
+        self._leases = Leases(self._table, clock)
         self._numbers = itertools.count(1)
         self._generations = itertools.count(1)
         self._tick = 0
         self._hits = self._misses = self._commits = self._late_commits = 0
-        self._evictions = self._corrupt = self._expired_leases = self._expired_reservations = 0
+        self._evictions = self._corrupt = self._expired_reservations = 0
         self._warned_too_long = False
 
     def reserve(
@@ -187,34 +189,63 @@ class Index:
         self._commits += count
         return count
 
-    def locate(self, owner: int, keys: Sequence[bytes], lease_s: float) -> Lease:
-        """Find committed blocks and keep their slots for ``lease_s`` seconds (MAX_LEASE_S at most)."""
+    def slots(self, owner: int, number: int) -> tuple[list[int], int]:
+        """Addresses and the one length of the blocks of a reservation; none and 0 if it is over."""
+        if not self.is_reserved(owner, number):
+            return [], 0
+        places = self._table.places(np.array(self._reservations[number].rows, np.intp))
+        return places.addresses, places.lengths[0]
+
+    def is_reserved(self, owner: int, number: int) -> bool:
+        """Whether the slots of a reservation may still be written to."""
+        held = self._reservations.get(number)
+        return held is not None and held.owner == owner
+
+    def locate(self, owner: int, keys: Sequence[bytes], lease_s: float, *, counted: bool = True) -> Lease:
+        """Find committed blocks and keep their slots for ``lease_s`` seconds (MAX_LEASE_S at most).
+
+        Not ``counted`` are those who read further parts of what they have begun to read. Nothing is found by
+        an owner that has as many leases as it may.
+        """
         table = self._table
         rows = self._rows(keys)
-        table.use(rows, self._advance(len(keys)))  # heads fresher than tails
         found = rows[rows > 0]
-        self._hits += found.size
-        self._misses += rows.size - found.size
-        number = 0
-        if found.size:
-            number = next(self._numbers)
-            table.lease(found)
-            self._leases[number] = _Reading(owner, self._lease_deadline(lease_s), found)
-        return Lease(number, *table.places(rows))
+        if counted:
+            table.use(rows, self._advance(len(keys)))  # heads fresher than tails
+            self._hits += found.size
+            self._misses += rows.size - found.size
+        number = self._leases.begin(owner, found, lease_s)
+        return Lease(number, *table.places(rows if number else np.zeros_like(rows)))
+
+    def hold(self, owner: int, keys: Sequence[bytes], lease_s: float) -> Hold:
+        """As ``peek``, and keep what is there for ``lease_s`` seconds (MAX_LEASE_S at most); not touched.
+
+        For whom a read is still to come. Nothing is kept if leases would then have more than MOST_HELD of the
+        slab: requests that wait must not keep out those that write.
+        """
+        rows = self._rows(keys)
+        most_bytes = MOST_HELD * self._slab.capacity_bytes
+        number = self._leases.begin(owner, rows[rows > 0], lease_s, most_bytes)
+        return Hold(number, (rows > 0).tobytes())
 
     def renew(self, owner: int, number: int, lease_s: float) -> bool:
         """Let a lease end ``lease_s`` seconds from now (MAX_LEASE_S at most); False if it is over already."""
-        lease = self._leases.get(number)
-        if lease is None or lease.owner != owner or lease.deadline <= self._clock():
-            return False
-        self._leases[number] = lease._replace(deadline=self._lease_deadline(lease_s))
-        return True
+        return self._leases.renew(owner, number, lease_s)
+
+    def is_leased(self, owner: int, number: int) -> bool:
+        """Whether a lease still keeps its blocks where they are."""
+        return self._leases.stands(owner, number)
 
     def release(self, owner: int, number: int) -> None:
         """End a lease; harmless if it has expired."""
-        lease = self._leases.get(number)
-        if lease is not None and lease.owner == owner:
-            self._end_lease(number)
+        rows = self._leases.end(owner, number)
+        if rows is not None:
+            self._free_quarantined(rows)
+
+    def end_holds(self, owner: int) -> None:
+        """End the leases of an owner that is gone, as far as nobody reads under them."""
+        for rows in self._leases.end_waiting(owner):
+            self._free_quarantined(rows)
 
     def report_corrupt(self, keys: Sequence[bytes], generations: Sequence[int]) -> None:
         """Drop blocks that are still of that generation; a slot is reused once no lease is on it."""
@@ -242,9 +273,8 @@ class Index:
     def expire(self) -> None:
         """End the leases and reservations whose time is over."""
         now = self._clock()
-        for number in [number for number, lease in self._leases.items() if lease.deadline <= now]:
-            self._expired_leases += 1
-            self._end_lease(number)
+        for rows in self._leases.expire():
+            self._free_quarantined(rows)
         for number in [number for number, held in self._reservations.items() if held.deadline <= now]:
             self._expired_reservations += 1
             for row in self._reservations.pop(number).rows:
@@ -266,6 +296,7 @@ class Index:
             blocks=len(self._committed),
             reservations=len(self._reservations),
             leases=len(self._leases),
+            leased_bytes=self._leases.leased_bytes,
             quarantined_blocks=len(self._quarantined),
             hits_total=self._hits,
             misses_total=self._misses,
@@ -273,7 +304,7 @@ class Index:
             late_commits_total=self._late_commits,
             evictions_total=self._evictions,
             corrupt_total=self._corrupt,
-            expired_leases_total=self._expired_leases,
+            expired_leases_total=self._leases.expired_total,
             expired_reservations_total=self._expired_reservations,
         )
 
@@ -293,9 +324,11 @@ class Index:
         )
         generations = {table.generations[row] for row in in_use}
         _require(len(generations) == len(in_use) and 0 not in generations, "two blocks share a generation")
-        leases = Counter(row for lease in self._leases.values() for row in lease.rows.tolist())
+        leases = self._leases.by_row()
         _require(all(table.leases[row] == leases[row] for row in in_use), "leases are miscounted")
         _require(leases.keys() <= {*committed, *quarantined}, "a leased block is lost")
+        leased_bytes = sum(table.lengths[row] for row in leases)
+        _require(self._leases.leased_bytes == leased_bytes, "the leased bytes are miscounted")
         _require(all(leases[row] for row in quarantined), "a dropped block keeps its slot")
         children = Counter(table.parents[row] for row in rows.values())
         del children[NO_PARENT]
@@ -326,9 +359,6 @@ class Index:
                 self._slab.segment_bytes,
             )
         return "too_long"
-
-    def _lease_deadline(self, lease_s: float) -> float:
-        return self._clock() + min(lease_s, MAX_LEASE_S)
 
     def _add(self, key: bytes, parent: bytes, length: int, victims: Iterator[int]) -> int:
         """The row of a newly reserved block; evicts, but not the parent. 0: no room."""
@@ -402,9 +432,8 @@ class Index:
         if count > 1:
             self._absent[parent] = count - 1
 
-    def _end_lease(self, number: int) -> None:
-        rows = self._leases.pop(number).rows
-        self._table.release(rows)
+    def _free_quarantined(self, rows: Rows) -> None:
+        """Of rows that a lease was on, give slots of dropped blocks to others."""
         if self._quarantined:
             for row in self._quarantined.intersection(rows.tolist()):
                 if not self._table.leases[row]:

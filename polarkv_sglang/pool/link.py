@@ -23,6 +23,7 @@ class Link(NamedTuple):
     control: ControlConnection
     route: RemoteKey | Mapped | None  # to its slab, over UCX or in our address space
     pushed: bool = False  # no route: its transport emulates gets, so the node puts what we read
+    streamed: bool = False  # no route: there is nothing better than TCP, so blocks go through ``control``
 
     @property
     def failed(self) -> str | None:
@@ -43,9 +44,14 @@ class Lane:
     belongs to one thread at a time.
     """
 
-    def __init__(self, context: Context | None, *, reads: bool) -> None:
-        """Without ``context`` the lane moves no data."""
+    def __init__(self, context: Context | None, *, reads: bool, by_processor: bool = True) -> None:
+        """Without ``context`` the lane moves no data.
+
+        ``by_processor``: it may touch our memory, to copy what nodes of this host share and to send blocks
+        through connections. Else UCX moves everything.
+        """
         self._reads = reads
+        self._by_processor = by_processor
         self.lock = threading.Lock()
         self._context = context
         self.worker = Worker(context) if context is not None else None
@@ -61,15 +67,18 @@ class Lane:
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
-            pushed = False
-            if self._reads and isinstance(route, RemoteKey):
+            pushed = streamed = False
+            if isinstance(route, RemoteKey):
                 with contextlib.ExitStack() as unneeded:
                     unneeded.callback(_close, route)
-                    pushed = route.endpoint.emulates_get
-                    if not pushed:
+                    emulated = route.endpoint.emulates_get
+                    streamed = emulated and control.streams and self._by_processor
+                    pushed = emulated and self._reads and not streamed
+                    if not pushed and not streamed:
                         unneeded.pop_all()
+            unneeded_route = pushed or streamed
             self.drop(address)
-            self.links[address] = Link(address, control, None if pushed else route, pushed)
+            self.links[address] = Link(address, control, None if unneeded_route else route, pushed, streamed)
 
     def try_out(self, welcome: Welcome, deadline_s: float) -> None:
         """Reach a node's memory once and leave it again; TransportError if that cannot be done in time."""
@@ -125,7 +134,7 @@ class Lane:
     def _reach(self, welcome: Welcome, deadline_s: float) -> RemoteKey | Mapped:
         assert self._context is not None
         assert self.worker is not None
-        if welcome.shared is not None and self._context.shares_memory:
+        if welcome.shared is not None and self._by_processor and self._context.shares_memory:
             mapped = attach(welcome.shared, welcome.base_address)
             if mapped is not None:
                 return mapped

@@ -41,19 +41,26 @@ class LocalMemory:
         self._context = context
         self.regions = Regions()
 
-    def register(self, address: int, length: int) -> None:
-        """Register ``length`` bytes at ``address``; TransportError if UCX or the memlock limit refuses."""
+    def register(self, address: int, length: int, *, cuda: bool = False) -> None:
+        """Register ``length`` bytes at ``address``, of a GPU if ``cuda``.
+
+        TransportError if UCX or the memlock limit refuses.
+        """
         for known in self.regions.memories:
-            if known.address <= address and address + length <= known.address + known.length:
+            inside = known.address <= address and address + length <= known.address + known.length
+            if inside and known.cuda == cuda:
                 return
-        _back_by_pages(address, length)
-        memory = self._context.register(address, length)
+        if not cuda:
+            _back_by_pages(address, length)
+        memory = self._context.register(address, length, cuda=cuda)
         memories = tuple(sorted((*self.regions.memories, memory), key=lambda item: item.address))
-        self.regions = Regions(
-            memories,
-            tuple(region.packed_rkey() for region in memories),
-            np.array([region.address for region in memories], np.uint64),
-        )
+        try:
+            rkeys = tuple(region.packed_rkey() for region in memories)
+        except TransportError:
+            memory.close()
+            raise
+        starts = np.array([region.address for region in memories], np.uint64)
+        self.regions = Regions(memories, rkeys, starts)
 
     def close(self) -> None:
         """Unregister all; no transfer may be under way."""

@@ -17,8 +17,10 @@ _GAUGES = {
     "used_bytes": "Memory in slots that hold a block or wait for one.",
     "blocks": "Blocks that can be read.",
     "reservations": "Writes under way.",
-    "leases": "Reads under way.",
+    "leases": "Reads under way, and requests that wait to read.",
+    "leased_bytes": "Memory in blocks that these keep from eviction.",
     "quarantined_blocks": "Dropped blocks that are still leased.",
+    "notes_bytes": "Memory in notes, beside that lent to the pool.",
     "connections": "Control connections.",
 }
 _COUNTERS = {
@@ -28,7 +30,7 @@ _COUNTERS = {
     "late_commits": "Blocks written after their reservation had expired, and dropped.",
     "evictions": "Blocks evicted to make room.",
     "corrupt": "Blocks dropped because a reader found a wrong checksum.",
-    "sent_blocks": "Blocks put into a client's memory, for links that emulate gets.",
+    "sent_blocks": "Blocks sent to clients, over links that have only TCP.",
     "sent_bytes": "Bytes of these.",
     "failed_sends": "Blocks that did not reach the client's memory in time.",
     "expired_leases": "Leases that their readers never released.",

@@ -21,10 +21,12 @@ from polarkv_sglang.errors import ConfigError
 from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.nodes import is_loopback
+from polarkv_sglang.pool.notes import Notes, notes_bytes
 from polarkv_sglang.pool.push import Pushers
 from polarkv_sglang.pool.replication import Replicator
 from polarkv_sglang.pool.session import Service, Session
 from polarkv_sglang.pool.slab import Slab, SlabMemory, default_segment_bytes
+from polarkv_sglang.pool.stream import SlabView
 from polarkv_sglang.transport import Context, Worker, load_library, share
 from polarkv_sglang.transport.messages import NODE_ID_BYTES, NodeStatistics, Welcome
 
@@ -77,7 +79,9 @@ class MemoryNode:
         self.capacity_bytes = welcome.capacity_bytes
         self.service = Service(
             index=index,
+            notes=Notes(notes_bytes(welcome.capacity_bytes)),
             pushers=pushers,
+            slab=SlabView(welcome.base_address, welcome.capacity_bytes),
             token=settings.token,
             tls=settings.tls,
             welcome=welcome,
@@ -121,6 +125,7 @@ class MemoryNode:
             libucp=self.libucp,
             pages=self.pages,
             uptime_s=time.monotonic() - self._started,
+            notes_bytes=service.notes.used_bytes,
             connections=len(service.sessions),
             bad_frames_total=service.bad_frames,
             refused_total=dict(service.refused + service.index.refused),

@@ -15,8 +15,9 @@ from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
+from polarkv_sglang.pool.parts import pull_parts
 from polarkv_sglang.pool.placement import ranking
-from polarkv_sglang.pool.requests import Requests, Route
+from polarkv_sglang.pool.requests import Requests, Route, Streamed
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import DRAIN_S, Direction, Library, checksums
 from polarkv_sglang.transport.messages import (
@@ -25,6 +26,8 @@ from polarkv_sglang.transport.messages import (
     FetchState,
     Locate,
     Located,
+    Pull,
+    Pulled,
     Release,
     Replicate,
     ReportCorrupt,
@@ -32,6 +35,7 @@ from polarkv_sglang.transport.messages import (
     seal,
     unpack_u64,
 )
+from polarkv_sglang.transport.stream import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class _Found(NamedTuple):
     addresses: npt.NDArray[np.uint64] | None  # in the node; None: the bytes are here already
     checksums: npt.NDArray[np.uint64]
     generations: npt.NDArray[np.uint64]
+    sums: npt.NDArray[np.uint64] | None = None  # of the bytes that are here, if they were hashed already
 
 
 class Reader:
@@ -94,6 +99,22 @@ class Reader:
         """See ``PoolClient.get``."""
         nodes = usable_nodes(self._lane, self._membership.live)
         batch = _Batch(chain, pieces, nodes, time.monotonic())
+        if stages is not None:
+            routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
+            share = _FETCH_FIRST_BY if self._copies > 1 else _FETCH_BY
+            by = batch.started + share * self._deadline_s
+            answers = pull_parts(self._lane, self._requests, routes, chain, pieces, stages, by)
+            if answers is not None:
+                # Their checksums are those of whole blocks, which are here only now.
+                pulled = [_pulled(*answer)._replace(sums=None) for answer in answers]
+                done = self._take(batch, pulled)
+                if self._copies > 1:
+                    self._spread(chain, pulled, done)
+                return done
+        if self._copies == 1:
+            routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
+            if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain):
+                return self._pull_all(batch, routes[0])
         located = np.zeros(len(chain), bool)
         found: list[_Found] = []
         for place in range(self._copies):
@@ -120,6 +141,7 @@ class Reader:
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
         """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
         routes = route_blocks(self._lane, batch.nodes, batch.chain, blocks, place)
+        length = batch.pieces.block_bytes
         first_of_several = place == 0 and self._copies > 1
         fetch_by = batch.started + (_FETCH_FIRST_BY if first_of_several else _FETCH_BY) * self._deadline_s
         fetching = self._requests.send(
@@ -132,14 +154,17 @@ class Reader:
         find_by = batch.started + share * self._deadline_s
         locating = self._requests.send(
             self._lane,
-            [route for route in routes if not route.link.pushed],
+            [route for route in routes if not route.link.pushed and not route.link.streamed],
             lambda link, wanted: Locate(
                 link.control.next_id(), blob(batch.chain.keys, wanted), self._lease_s
             ),
             find_by,
         )
         located = self._requests.collect(self._lane, locating, Located, find_by)
-        found = [_located(route, reply, batch.pieces.block_bytes) for route, reply in located if reply.lease]
+        found = [_located(route, reply, length) for route, reply in located if reply.lease]
+        pulling = [_pull(batch, route) for route in routes if route.link.streamed]
+        for route, answer in self._requests.stream(self._lane, pulling, batch.pieces, fetch_by):
+            found.append(_pulled(route, answer))
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
         failed = [route.link for route, reply in fetched if FetchState.FAILED in reply.states]
         if failed and len(fetched) == len(fetching):
@@ -147,6 +172,30 @@ class Reader:
         for link in failed:
             self._requests.fail(self._lane, link, "it could not put what was read into this process's memory")
         return found + [_fetched(route, reply) for route, reply in fetched]
+
+    def _pull_all(self, batch: _Batch, route: Route) -> npt.NDArray[np.bool_]:
+        """What ``read`` does, in fewer steps, where one connection leads to all blocks: the steps are half of
+        the time that a small block takes."""
+        done = np.zeros(len(batch.chain), bool)
+        by = batch.started + _FETCH_BY * self._deadline_s
+        pulling = _pull(batch, route)
+        for _, answer in self._requests.stream(self._lane, [pulling], batch.pieces, by):
+            pulled = _pulled(route, answer)
+            self._check(batch, pulled, answer.checksums[: len(pulled.blocks)], done)
+        return done
+
+    def _check(
+        self, batch: _Batch, part: _Found, sums: npt.NDArray[np.uint64], done: npt.NDArray[np.bool_]
+    ) -> None:
+        """Mark blocks that arrived in ``done`` if they are right, report them if they are not."""
+        if sums.tobytes() == part.checksums.tobytes():
+            done[part.blocks] = True
+        else:
+            right = sums == part.checksums
+            done[part.blocks] = right
+            for position in np.flatnonzero(~right).tolist():
+                key = batch.chain.keys[part.blocks[position]]
+                self._report(key, part.link, int(part.generations[position]))
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
         assert self._lane.worker is not None
@@ -182,8 +231,10 @@ class Reader:
         done = np.zeros(len(chain), bool)
         for part in found:
             arrived = np.ones(len(part.blocks), bool)
-            if part.addresses is None:
-                sums = checksums(self._library, pieces.addresses[part.blocks], pieces.piece_bytes)
+            if part.sums is not None:
+                sums = part.sums
+            elif part.addresses is None:
+                sums = self._checksums(pieces, part.blocks)
             else:
                 arrived, sums = moved.arrived[part.blocks], moved.checksums[part.blocks]
             right = sums == part.checksums
@@ -202,16 +253,23 @@ class Reader:
                     self._lane,
                     Direction.GET,
                     self._memory,
-                    Pieces(np.ascontiguousarray(pieces.addresses[:, run]), pieces.piece_bytes),
+                    pieces._replace(addresses=np.ascontiguousarray(pieces.addresses[:, run])),
                     [part._replace(addresses=part.addresses + start) for part in parts],
                     deadline,
                     self._requests,
+                    digest=False,
                 )
                 arrived &= moved.arrived
             if not arrived.all():  # what the rest of these blocks is, nobody asks any more
                 return Moved(np.zeros_like(arrived), np.zeros(len(arrived), np.uint64))
             stages.on_arrival(number)
-        return Moved(arrived, checksums(self._library, pieces.addresses, pieces.piece_bytes))
+        return Moved(arrived, self._checksums(pieces, np.arange(len(arrived))))
+
+    def _checksums(self, pieces: Pieces, blocks: Blocks) -> npt.NDArray[np.uint64]:
+        """Of blocks that are here."""
+        if pieces.checksums is not None:
+            return pieces.checksums(blocks)
+        return checksums(self._library, pieces.addresses[blocks], pieces.piece_bytes)
 
     def _report(self, key: bytes, link: Link, generation: int) -> None:
         """A block is not what was written."""
@@ -267,6 +325,25 @@ def _fetched(route: Route, reply: Fetched) -> _Found:
     )
 
 
+def _pull(batch: _Batch, route: Route) -> Streamed:
+    keys = blob(batch.chain.keys, route.blocks)
+    return Streamed(route, Pull(route.link.control.next_id(), keys, batch.pieces.block_bytes))
+
+
+def _pulled(route: Route, answer: Answer) -> _Found:
+    assert isinstance(answer.reply, Pulled)
+    checksums = unpack_u64(answer.reply.checksum_blob)
+    return _Found(
+        route.link,
+        0,
+        route.blocks[: len(checksums)],
+        None,
+        checksums,
+        unpack_u64(answer.reply.generation_blob),
+        answer.checksums[: len(checksums)],
+    )
+
+
 def _head(part: _Found, end: int) -> _Found:
     """The blocks of a part that lie before position ``end`` of the chain."""
     kept = part.blocks < end
@@ -275,4 +352,5 @@ def _head(part: _Found, end: int) -> _Found:
         addresses=part.addresses[kept] if part.addresses is not None else None,
         checksums=part.checksums[kept],
         generations=part.generations[kept],
+        sums=part.sums[kept] if part.sums is not None else None,
     )

@@ -6,15 +6,32 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from polarkv_sglang.errors import NodeError
-from polarkv_sglang.pool.blocks import Blocks
+from polarkv_sglang.pool.blocks import Blocks, Pieces
 from polarkv_sglang.pool.link import Lane, Link
+from polarkv_sglang.transport import Library
 from polarkv_sglang.transport.control import answers
-from polarkv_sglang.transport.messages import Answered, Message, Release, Replicate, ReportCorrupt
+from polarkv_sglang.transport.messages import (
+    Answered,
+    Fill,
+    Message,
+    Pull,
+    Release,
+    Replicate,
+    ReportCorrupt,
+    Store,
+    WriteNotes,
+)
+from polarkv_sglang.transport.stream import Answer, Call, exchange
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
 _SEND_S = 0.001  # past its deadline a request may still be sent if the socket takes it
+_NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than a socket takes at once
+_LATE_S = 0.05  # past its deadline what has been asked for may still be read: another node used the time up
 
 
 class Route(NamedTuple):
@@ -31,13 +48,23 @@ class Sent(NamedTuple):
     message: Answered
 
 
+class Streamed(NamedTuple):
+    """A request whose blocks go through the link's connection."""
+
+    route: Route
+    message: Pull | Store | Fill
+    expected: npt.NDArray[np.uint64] | None = None  # checksums of what is written, one per block
+    sent: bool = False  # the node has the request already
+
+
 class Requests:
     """Sends and collects requests over a lane whose lock the caller holds; a node that fails is left out.
 
     A failed link is dropped from its lane and reported to ``on_failure`` with the node's address and why.
     """
 
-    def __init__(self, on_failure: Callable[[str, str], None]) -> None:
+    def __init__(self, library: Library, on_failure: Callable[[str, str], None]) -> None:
+        self._library = library
         self._on_failure = on_failure
 
     def send(
@@ -97,7 +124,43 @@ class Requests:
             self.replace_worker(lane)
         return replies
 
-    def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate) -> None:
+    def stream(
+        self,
+        lane: Lane,
+        calls: Sequence[Streamed],
+        pieces: Pieces,
+        deadline: float,
+        *,
+        digest: bool = True,
+    ) -> list[tuple[Route, Answer]]:
+        """Move blocks through connections, all at once; the calls that were answered by ``deadline``.
+
+        Past the deadline nobody is asked, or blamed; who was asked before may have answered by then.
+        """
+        # A link may have been given up since it answered.
+        calls = [call for call in calls if lane.links.get(call.route.link.address) is call.route.link]
+        if time.monotonic() >= deadline:
+            calls = [call for call in calls if call.sent]
+            deadline = time.monotonic() + _LATE_S
+        outcomes = exchange(
+            self._library,
+            [
+                Call(route.link.control, message, pieces.of(route.blocks), expected, sent)
+                for route, message, expected, sent in calls
+            ],
+            pieces.piece_bytes,
+            deadline,
+            digest=digest,
+        )
+        answered: list[tuple[Route, Answer]] = []
+        for call, outcome in zip(calls, outcomes):
+            if isinstance(outcome, NodeError):
+                self.fail(lane, call.route.link, str(outcome))
+            else:
+                answered.append((call.route, outcome))
+        return answered
+
+    def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate | WriteNotes) -> None:
         """Send what has no reply, if the link still stands."""
         if lane.links.get(link.address) is not link:
             return
@@ -105,7 +168,8 @@ class Requests:
             if isinstance(message, Release):
                 link.control.release(message, _SEND_S)
             else:
-                link.control.send(message, _SEND_S)
+                notes = message.notes if isinstance(message, WriteNotes) else ()
+                link.control.send(message, _SEND_S + _NOTES_BYTE_S * sum(map(len, notes)))
         except NodeError as error:
             self.fail(lane, link, str(error))
 

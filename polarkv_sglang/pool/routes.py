@@ -48,16 +48,16 @@ def route_blocks(
     if place >= len(nodes) or not len(blocks):
         return []
     if len(nodes) == 1:
-        by_node = {next(iter(nodes)): blocks.tolist()}
-    else:
-        homes: dict[bytes, str] = {}
-        by_node = {}
-        for block in blocks.tolist():
-            anchor = chain.anchors[block]
-            node = homes.get(anchor)
-            if node is None:
-                node = homes[anchor] = ranking(anchor, nodes, place + 1)[place]
-            by_node.setdefault(node, []).append(block)
+        link = lane.links.get(next(iter(nodes)))
+        return [Route(link, blocks)] if link is not None else []
+    homes: dict[bytes, str] = {}
+    by_node: dict[str, list[int]] = {}
+    for block in blocks.tolist():
+        anchor = chain.anchors[block]
+        node = homes.get(anchor)
+        if node is None:
+            node = homes[anchor] = ranking(anchor, nodes, place + 1)[place]
+        by_node.setdefault(node, []).append(block)
     return [
         Route(lane.links[node], np.array(positions))
         for node, positions in by_node.items()
@@ -73,8 +73,13 @@ def move(
     parts: Sequence[Part],
     deadline: float,
     requests: Requests,
+    *,
+    digest: bool = True,
 ) -> Moved:
-    """Move blocks between ``pieces`` and memory nodes by ``deadline``; links that fail are given up."""
+    """Move blocks between ``pieces`` and memory nodes by ``deadline``; links that fail are given up.
+
+    Without ``digest`` there are no checksums.
+    """
     moved = Moved(np.zeros(len(pieces.addresses), bool), np.zeros(len(pieces.addresses), np.uint64))
     # A link may have been given up since it answered.
     parts = [part for part in parts if len(part.blocks) and lane.links.get(part.link.address) is part.link]
@@ -92,6 +97,8 @@ def move(
             pieces.piece_bytes,
             memory.regions.memories,
             max(0.0, deadline - time.monotonic()),
+            digest=digest and pieces.checksums is None,
+            iov=pieces.checksums is None,
         )
     except TransportError:
         if not lane.worker.statistics().poisoned:
@@ -99,7 +106,8 @@ def move(
         requests.replace_worker(lane)
         return moved
     moved.arrived[blocks] = done.status == 0
-    moved.checksums[blocks] = done.checksums
+    computed = pieces.checksums(blocks) if digest and pieces.checksums is not None else done.checksums
+    moved.checksums[blocks] = computed
     for part in parts:
         if part.link.failed is not None:
             requests.fail(lane, part.link, part.link.failed)

@@ -17,7 +17,9 @@ from typing import cast
 import msgspec
 
 from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.pool.push import Pusher, Pushers
+from polarkv_sglang.pool.stream import SlabView, Upload, send_blocks
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_FRAME_BYTES,
@@ -35,15 +37,21 @@ from polarkv_sglang.transport.messages import (
     Committed,
     Fetch,
     Fetched,
+    Fill,
     FromClient,
+    Held,
     Hello,
+    Hold,
     Locate,
     Located,
     Message,
     NodeStatistics,
+    NotesRead,
     Peek,
     Peeked,
     Proof,
+    Pull,
+    ReadNotes,
     Refused,
     Release,
     Renew,
@@ -54,14 +62,18 @@ from polarkv_sglang.transport.messages import (
     Reserved,
     Role,
     Statistics,
+    Store,
+    Stored,
     View,
     Welcome,
+    WriteNotes,
     pack_u64,
     split_keys,
     unpack_u64,
 )
 from polarkv_sglang.transport.tls import TlsStream, starts_tls
 
+_SCRATCH_BYTES = 64 << 10  # of frames at a time; what comes behind them goes where it belongs at once
 HANDSHAKE_S = 10.0  # a connection that has not authenticated by then is closed
 MAX_VIEWS_BYTES = 1 << 20  # of what all ranks tell, so that statistics stay below MAX_FRAME_BYTES
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
@@ -74,7 +86,9 @@ class Service:
     """What all sessions of a node share; used on the event loop's thread only."""
 
     index: Index
+    notes: Notes
     pushers: Pushers
+    slab: SlabView
     token: str | None
     tls: ssl.SSLContext | None  # None: connections are in the clear
     welcome: Welcome  # as ranks get it
@@ -85,6 +99,8 @@ class Service:
     refused: Counter[str] = field(default_factory=Counter)  # handshakes, by reason
     bad_frames: int = 0
     owners: Iterator[int] = field(default_factory=itertools.count)
+    # A read into it is looked at before the next, whoever's it is.
+    scratch: memoryview = field(default_factory=lambda: memoryview(bytearray(_SCRATCH_BYTES)))
 
     def views(self) -> tuple[dict[str, dict[str, str]], int]:
         """The views of connected ranks by their names, and how many are left out for being too much."""
@@ -101,7 +117,7 @@ class Service:
         self.lifelines_changed(sum(session.role == "lifeline" for session in self.sessions))
 
 
-class Session(asyncio.Protocol):
+class Session(asyncio.BufferedProtocol):
     """A connection. What a client does wrong ends its own connection and nothing else."""
 
     _transport: asyncio.Transport
@@ -118,6 +134,7 @@ class Session(asyncio.Protocol):
         self._owner = next(service.owners)  # of leases and reservations
         self._pusher: Pusher | None = None  # made by the first Fetch
         self._fetch: asyncio.Task[Fetched] | None = None  # under way: nothing else is answered meanwhile
+        self._upload: Upload | None = None  # under way: what is received belongs to it
         self._replies_unread = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -135,6 +152,9 @@ class Session(asyncio.Protocol):
         self._service.sessions.discard(self)
         if self._pusher is not None:
             self._pusher.close()
+        if self._upload is not None:
+            self._upload.abandon()
+        self._service.index.end_holds(self._owner)
         if self.role == "lifeline":
             self._service.report_lifelines()
 
@@ -145,20 +165,39 @@ class Session(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._replies_unread = False
+        self._take_frames()
         self._read_or_pause()
 
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
+    def get_buffer(self, size_hint: int) -> memoryview:
+        if self._upload is not None:
+            buffer = self._upload.buffer()
+            if buffer is not None:
+                return buffer
+            if not self._refused:
+                # uvloop asks from within a read, where closing the transport would crash the process.
+                self._refused = True
+                asyncio.get_running_loop().call_soon(self._too_late)
+        return self._service.scratch
+
+    def buffer_updated(self, count: int) -> None:
+        if self._refused or self._transport.is_closing():
             return
-        if self._tls is not None:
-            data = self._decrypt(self._tls, data)
-        self._frames.feed(data)
+        if self._upload is not None:
+            self._upload.received(count)
+            if self._upload.ended:
+                self._end_upload(self._upload)
+                self._take_frames()
+            return
+        data = self._service.scratch[:count]
+        self._frames.feed(self._decrypt(self._tls, bytes(data)) if self._tls is not None else data)
         self._take_frames()
 
     def _take_frames(self) -> None:
         try:
             while (
                 self._fetch is None
+                and self._upload is None
+                and not self._replies_unread
                 and not self._refused
                 and not self._transport.is_closing()
                 and (frame := self._frames.next_frame()) is not None
@@ -281,6 +320,9 @@ class Session(asyncio.Protocol):
                 lease = index.locate(owner, split_keys(request.keys), request.lease_s)
                 columns = (lease.addresses, lease.lengths, lease.checksums, lease.generations)
                 self._send(Located(request.request_id, lease.number, *map(pack_u64, columns)))
+            case Hold():
+                hold = index.hold(owner, split_keys(request.keys), request.lease_s)
+                self._send(Held(request.request_id, hold.number, hold.present))
             case Renew():
                 held = index.renew(owner, request.lease, request.lease_s)
                 self._send(Renewed(request.request_id, held))
@@ -308,9 +350,39 @@ class Session(asyncio.Protocol):
                 self._fetch = asyncio.create_task(self._pusher.fetch(request))
                 self._fetch.add_done_callback(self._fetched)
                 self._read_or_pause()
+            case Pull() | Store() | Fill() if self._tls is not None:
+                raise BadFrame("blocks over TLS")
+            case Pull():
+                service = self._service
+                parts = request.parts().tolist()
+                count = send_blocks(service.index, service.slab, owner, request, parts, self._transport)
+                # Of blocks that come in parts, with the last one.
+                service.pushers.sent_blocks += count if sum(parts[-1]) == request.length else 0
+                service.pushers.sent_bytes += count * sum(size for _, size in parts)
+            case Store():
+                slots = index.reserve(
+                    owner, split_keys(request.keys), split_keys(request.parents), request.length
+                )
+                stored = Stored(request.request_id, slots.states)
+                self._start_upload(slots.number, slots.addresses, request.length, lambda _: stored)
+            case Fill():
+                places, length = index.slots(owner, request.reservation)
+                if not places:
+                    raise BadFrame("a fill of a reservation that is over")
+                self._start_upload(
+                    request.reservation,
+                    places,
+                    length,
+                    lambda count: Committed(request.request_id, count),
+                )
             case Replicate():
                 if self._service.replicate is not None:
                     self._service.replicate(split_keys(request.keys), request.target)
+            case WriteNotes():
+                self._service.notes.write(split_keys(request.keys), request.notes)
+            case ReadNotes():
+                notes = self._service.notes.read(split_keys(request.keys))
+                self._send(NotesRead(request.request_id, notes))
             case View():
                 self.view = request
             case Statistics():
@@ -328,3 +400,27 @@ class Session(asyncio.Protocol):
         self._send(fetch.result())
         self._take_frames()
         self._read_or_pause()
+
+    def _start_upload(
+        self, reservation: int, addresses: list[int], length: int, reply: Callable[[int], Message]
+    ) -> None:
+        service = self._service
+        upload = self._upload = Upload(
+            service.index, service.slab, service.scratch, self._owner, reservation, addresses, length, reply
+        )
+        while not upload.ended and len(self._frames):
+            buffer = upload.buffer()
+            assert buffer is not None  # it is new
+            part = self._frames.take(len(buffer))
+            buffer[: len(part)] = part
+            upload.received(len(part))
+        if upload.ended:
+            self._end_upload(upload)
+
+    def _end_upload(self, upload: Upload) -> None:
+        self._upload = None
+        self._send(upload.commit())
+
+    def _too_late(self) -> None:
+        _logger.warning("%s wrote for longer than its reservation lasts", self.name)
+        self.abort()

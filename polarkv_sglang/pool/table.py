@@ -88,13 +88,22 @@ class BlockTable:
         self._last_uses[rows] = np.arange(tick, tick - rows.size, -1, dtype=np.uint64)
         self.last_uses[0] = 0
 
-    def lease(self, rows: Rows) -> None:
-        """One lease more on each row, as often as it is named."""
+    def lease(self, rows: Rows) -> int:
+        """One lease more on each row, as often as it is named; the bytes of those that had none."""
+        new = rows[self._leases[rows] == 0]
         np.add.at(self._leases, rows, _ONE)
+        return self._bytes_of(new, self._leases[new])
 
-    def release(self, rows: Rows) -> None:
-        """Undo ``lease``."""
+    def release(self, rows: Rows) -> int:
+        """Undo ``lease``; the bytes of those that have none any more."""
+        before = self._leases[rows]
         np.subtract.at(self._leases, rows, _ONE)
+        free = self._leases[rows] == 0
+        return self._bytes_of(rows[free], before[free])
+
+    def _bytes_of(self, rows: Rows, named: npt.NDArray[np.unsignedinteger]) -> int:
+        """Of rows that are each named so many times: sorting them out would cost more than a lease."""
+        return round(float((self._lengths[rows] / named).sum()))
 
     def oldest_leaves(self, after: int, count: int) -> list[tuple[int, int]]:
         """See ``Leaves``."""

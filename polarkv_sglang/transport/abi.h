@@ -33,6 +33,15 @@ typedef struct {
 
 typedef struct {
     uint64_t field_mask;
+    size_t request_size;
+    int thread_mode;
+    uint64_t memory_types;
+    char name[32];
+    size_t device_counter_size;
+} ucp_context_attr_t;
+
+typedef struct {
+    uint64_t field_mask;
     int thread_mode;
     uint64_t cpu_mask[16];
     unsigned events;
@@ -133,6 +142,7 @@ ucs_status_t ucp_config_modify(ucp_config_t config, const char *name, const char
 void ucp_config_release(ucp_config_t config);
 ucs_status_t ucp_init_version(unsigned major, unsigned minor, const ucp_params_t *params, ucp_config_t config,
                               ucp_context_h *context);
+ucs_status_t ucp_context_query(ucp_context_h context, ucp_context_attr_t *attributes);
 void ucp_cleanup(ucp_context_h context);
 ucs_status_t ucp_mem_map(ucp_context_h context, const ucp_mem_map_params_t *params, ucp_mem_h *memory);
 ucs_status_t ucp_mem_unmap(ucp_context_h context, ucp_mem_h memory);
@@ -174,16 +184,18 @@ typedef struct {
     void (*request_free)(void *);
 } polar_ucp;
 
+typedef struct polar_endpoint {
+    ucp_ep_h handle;     /* NULL once closed */
+    ucs_status_t status; /* why it can no longer be used; the first reason stays */
+    struct polar_endpoint *next;
+} polar_endpoint;
+
 typedef struct {
     const polar_ucp *ucp;
     ucp_worker_h handle;
-    int event_fd; /* readable when progress may have work to do */
+    int event_fd;              /* readable when progress may have work to do */
+    polar_endpoint *endpoints; /* a list of those that are not closed */
 } polar_worker;
-
-typedef struct {
-    ucp_ep_h handle;     /* NULL once closed */
-    ucs_status_t status; /* why it can no longer be used; the first reason stays */
-} polar_endpoint;
 
 typedef struct {
     ucp_mem_h handle;
@@ -216,7 +228,7 @@ typedef struct {
     polar_memory **memories;
     uint32_t memory_count;
     int put;
-    polar_hash hash;
+    polar_hash hash;          /* NULL: no checksums, and local memory that the processor cannot read may be used */
     uint32_t window;          /* most operations in flight on one route */
     uint32_t entries;         /* most local ranges that one operation may name */
     uint64_t entry_bytes;     /* most bytes of a range that shares an operation with others */
@@ -244,10 +256,39 @@ enum {
     POLAR_UNDRAINED = 5,
 };
 
+/* One peer of an exchange: a request, of a put with its blocks behind it, and the reply, of a get likewise. */
+typedef struct {
+    int fd;
+    const uint8_t *request; /* a frame with its header */
+    uint64_t request_bytes;
+    const uint64_t *local; /* [block_count][pieces] address */
+    uint32_t block_count;
+    const uint64_t *expected; /* of a put: checksums that the blocks must have; NULL: any */
+    uint64_t *checksums;      /* [block_count] of what was moved; of a put, one byte each follows: as expected */
+    uint8_t *reply;           /* a frame without its header */
+    uint64_t reply_capacity;
+    uint64_t reply_bytes;
+    uint32_t arrived; /* leading blocks of a get */
+    int error;        /* an errno: ETIMEDOUT, EBADMSG: not an answer, or the socket's */
+} polar_channel;
+
+typedef struct {
+    polar_channel *channels;
+    uint32_t channel_count;
+    uint32_t pieces;
+    uint64_t piece_bytes;
+    int put;
+    polar_hash hash;
+    int64_t timeout_ns;
+} polar_exchange_batch;
+
 int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
                    uint64_t *checksums, polar_outcome *outcome);
 int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force, int64_t timeout_ns);
 int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, int64_t timeout_ns);
 int polar_checksums(polar_hash hash, const uint64_t *local, uint32_t block_count, uint32_t pieces,
                     uint64_t piece_bytes, uint64_t *checksums);
-void polar_endpoint_failed(void *endpoint, ucp_ep_h handle, ucs_status_t status);
+int polar_exchange(const polar_exchange_batch *batch); /* POLAR_DONE or POLAR_NO_MEMORY */
+void polar_endpoint_failed(void *worker, ucp_ep_h handle, ucs_status_t status);
+void polar_add_endpoint(polar_worker *worker, polar_endpoint *endpoint);
+void polar_remove_endpoint(polar_worker *worker, const polar_endpoint *endpoint);

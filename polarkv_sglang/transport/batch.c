@@ -58,7 +58,8 @@ static uint64_t least(uint64_t a, uint64_t b) {
  * cache. */
 static void digest_until(const struct transfer *transfer, uint32_t index, uint64_t reached) {
     struct block block = block_at(transfer, index);
-    digest(&block, whole_chunks(&block, transfer->seen[index]), whole_chunks(&block, reached));
+    if (block.hash)
+        digest(&block, whole_chunks(&block, transfer->seen[index]), whole_chunks(&block, reached));
     transfer->seen[index] = reached;
 }
 
@@ -73,11 +74,27 @@ static void digest_operation(const struct operation *op) {
     }
 }
 
-/* UCX calls this when the peer is lost. Closing the endpoint is left to whoever uses it next. */
-void polar_endpoint_failed(void *arg, ucp_ep_h handle, ucs_status_t status) {
-    polar_endpoint *endpoint = arg;
-    (void)handle;
+static void fail_endpoint(polar_endpoint *endpoint, ucs_status_t status) {
     if (endpoint->status == UCS_OK) endpoint->status = status;
+}
+
+/* UCX calls this when a peer is lost, even after the endpoint was closed: then it is not among the worker's any
+ * more. Closing the endpoint is left to whoever uses it next. */
+void polar_endpoint_failed(void *arg, ucp_ep_h handle, ucs_status_t status) {
+    const polar_worker *worker = arg;
+    for (polar_endpoint *endpoint = worker->endpoints; endpoint; endpoint = endpoint->next)
+        if (endpoint->handle == handle) fail_endpoint(endpoint, status);
+}
+
+void polar_add_endpoint(polar_worker *worker, polar_endpoint *endpoint) {
+    endpoint->next = worker->endpoints;
+    worker->endpoints = endpoint;
+}
+
+void polar_remove_endpoint(polar_worker *worker, const polar_endpoint *endpoint) {
+    polar_endpoint **link = &worker->endpoints;
+    while (*link && *link != endpoint) link = &(*link)->next;
+    if (*link) *link = endpoint->next;
 }
 
 static void complete(struct operation *op, ucs_status_t status) {
@@ -257,7 +274,7 @@ static void expire(struct transfer *transfer) {
         lane->needs_flush = false;
         /* Puts that UCX took at once are still on their way until they are flushed. */
         if (!lane->in_flight && !(lane->last && lane->flush_status == UCS_INPROGRESS)) continue;
-        polar_endpoint_failed(lane->endpoint, NULL, UCS_ERR_TIMED_OUT);
+        fail_endpoint(lane->endpoint, UCS_ERR_TIMED_OUT);
         force_close(transfer->worker->ucp, lane->endpoint);
     }
 }
@@ -296,7 +313,7 @@ static void report(const struct transfer *transfer, ucs_status_t *statuses, uint
             continue;
         }
         digest_until(transfer, i, block.length);
-        checksums[i] = checksum_of(&block);
+        if (block.hash) checksums[i] = checksum_of(&block);
         outcome->done_bytes += block.length;
     }
 }
@@ -330,7 +347,7 @@ int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force,
     struct pollfd fds[1];
 
     if (force || endpoint->status != UCS_OK) {
-        polar_endpoint_failed(endpoint, NULL, UCS_ERR_NOT_CONNECTED);
+        fail_endpoint(endpoint, UCS_ERR_NOT_CONNECTED);
         force_close(worker->ucp, endpoint);
         while (progress_some(worker) && now_ns() < deadline_ns) continue;
         return UCS_OK;

@@ -97,12 +97,15 @@ void read_shared(const struct block *block, const uint8_t *shared, uint64_t from
     uint8_t buffer[CHUNK] __attribute__((aligned(64)));
     for (; from < to; from += CHUNK) {
         uint64_t length = least(CHUNK, to - from);
-        memcpy(buffer, shared + from, length);
-        block->digests[from / CHUNK] = block->hash(buffer, length);
+        const uint8_t *chunk = shared + from;
+        if (block->hash) {
+            chunk = memcpy(buffer, chunk, length);
+            block->digests[from / CHUNK] = block->hash(chunk, length);
+        }
         for (uint64_t done = 0, part; done < length; done += part) {
             part = length - done;
             uint8_t *piece = span(block, from + done, &part);
-            stream(piece, buffer + done, part);
+            stream(piece, chunk + done, part);
         }
     }
 }
@@ -119,7 +122,7 @@ void write_shared(const struct block *block, uint8_t *shared, uint64_t from, uin
         uint64_t length = least(CHUNK, to - from);
         const uint8_t *chunk = chunk_at(block, from, length, buffer);
         if (from == 0 || (uintptr_t)(shared + from) % FAULT_AROUND < CHUNK) map_around(shared + from);
-        block->digests[from / CHUNK] = block->hash(chunk, length);
+        if (block->hash) block->digests[from / CHUNK] = block->hash(chunk, length);
         stream(shared + from, chunk, length);
     }
 }

@@ -18,24 +18,33 @@ _FEATURE_RMA, _FEATURE_WAKEUP = 1 << 1, 1 << 4
 _PARAM_FEATURES, _PARAM_MT_WORKERS_SHARED = 1 << 0, 1 << 5
 _LOOPBACK = "lo"
 _SHARED_MEMORY = frozenset({"all", "shm", "sm", "posix"})
-_MEM_MAP_ADDRESS, _MEM_MAP_LENGTH = 1 << 0, 1 << 1
+_MEM_MAP_ADDRESS, _MEM_MAP_LENGTH, _MEM_MAP_MEMORY_TYPE = 1 << 0, 1 << 1, 1 << 4
+_ATTR_MEMORY_TYPES = 1 << 2
+_MEMORY_CUDA = 1  # UCX's number for it
 
 
 class RegisteredMemory:
-    """Memory that UCX may read and write: the caller keeps it mapped and has touched every page."""
+    """Memory that UCX may read and write: the caller keeps it mapped and has touched every page.
 
-    def __init__(self, context: Context, address: int, length: int) -> None:
+    ``cuda``: it is a GPU's; the context must take such memory.
+    """
+
+    def __init__(self, context: Context, address: int, length: int, *, cuda: bool = False) -> None:
         library = context.library
         ffi = library.ffi
         params = ffi.new("ucp_mem_map_params_t *")
         params.field_mask = _MEM_MAP_ADDRESS | _MEM_MAP_LENGTH
         params.address = ffi.cast("void *", address)
         params.length = length
+        if cuda:
+            params.field_mask |= _MEM_MAP_MEMORY_TYPE
+            params.memory_type = _MEMORY_CUDA
         handle = ffi.new("ucp_mem_h *")
         library.check(library.ucp.ucp_mem_map(context.handle, params, handle), f"register {length} bytes")
         self.context = context
         self.address = address
         self.length = length  # bytes
+        self.cuda = cuda
         self.state: FFI.CData = ffi.new("polar_memory *", (handle[0], address, length))
 
     def packed_rkey(self) -> bytes:
@@ -100,9 +109,20 @@ class Context:
         self.memories: set[RegisteredMemory] = set()
         self.workers: set[Worker] = set()
 
-    def register(self, address: int, length: int) -> RegisteredMemory:
-        """Pins `length` bytes at `address` for transfers. Raises TransportError."""
-        memory = RegisteredMemory(self, address, length)
+    @property
+    def takes_cuda(self) -> bool:
+        """Whether a GPU's memory can be registered: UCX has CUDA support and a driver, and may use them."""
+        library = self.library
+        attributes = library.ffi.new("ucp_context_attr_t *")
+        attributes.field_mask = _ATTR_MEMORY_TYPES
+        library.check(
+            library.ucp.ucp_context_query(self.handle, attributes), "tell the memory that it can use"
+        )
+        return bool(attributes.memory_types >> _MEMORY_CUDA & 1)
+
+    def register(self, address: int, length: int, *, cuda: bool = False) -> RegisteredMemory:
+        """Pins `length` bytes at `address`, of a GPU if `cuda`, for transfers. Raises TransportError."""
+        memory = RegisteredMemory(self, address, length, cuda=cuda)
         self.memories.add(memory)
         return memory
 

@@ -29,15 +29,22 @@ from polarkv_sglang.transport.messages import (
     Committed,
     Fetch,
     Fetched,
+    Fill,
     FromNode,
+    Held,
     Hello,
+    Hold,
     Locate,
     Located,
     Message,
     NodeStatistics,
+    NotesRead,
     Peek,
     Peeked,
     Proof,
+    Pull,
+    Pulled,
+    ReadNotes,
     Refused,
     Release,
     Renew,
@@ -48,6 +55,8 @@ from polarkv_sglang.transport.messages import (
     Reserved,
     Role,
     Statistics,
+    Store,
+    Stored,
     Welcome,
 )
 from polarkv_sglang.transport.quick import QuickSocket
@@ -55,6 +64,8 @@ from polarkv_sglang.transport.tls import explain
 
 SEND_DEADLINE_S = 1.0  # a request fits the socket's buffer unless the node has stopped reading
 PATIENCE_S = 300e-6  # a reply is waited for so long without giving up the GIL; most take less
+PATIENCE_BYTE_S = 100e-9  # and for each byte of its request: a batch of keys takes a node longer
+LONGEST_PATIENCE_S = 1e-3  # a fifth of what getting the GIL back takes beside a busy thread
 _RECEIVE_BYTES = 256 << 10
 _QUICK_BYTES = 64 << 10
 _OUT_OF_TIME = (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -86,6 +97,7 @@ class ControlConnection:
         self._frames = FrameReader(MAX_FRAME_BYTES)
         self._request_ids = itertools.count(1)
         self._closed: str | None = None  # why, once it is
+        self._patience_s = PATIENCE_S
 
     @classmethod
     def connect(
@@ -157,6 +169,8 @@ class ControlConnection:
     @overload
     def request(self, message: Locate, deadline_s: float) -> Located: ...
     @overload
+    def request(self, message: Hold, deadline_s: float) -> Held: ...
+    @overload
     def request(self, message: Renew, deadline_s: float) -> Renewed: ...
     @overload
     def request(self, message: Fetch, deadline_s: float) -> Fetched: ...
@@ -175,6 +189,22 @@ class ControlConnection:
         if not (isinstance(reply, Reply) and answers(reply, message)):
             raise self._failed(f"broke the protocol: {type(message).__name__} was not answered properly")
         return reply
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks can go through this connection: not over TLS, which would have to encrypt them."""
+        return self._quick is not None
+
+    def give_up(self, reason: str) -> NodeError:
+        """Close the connection after an exchange that failed on it; the error to report."""
+        return self._failed(reason)
+
+    def start_exchange(self) -> int:
+        """The socket, for an exchange without us: nothing may be left of earlier ones. Raises NodeError."""
+        self._check_open()
+        if len(self._frames):
+            raise self._failed("broke the protocol: it sent what was not asked for")
+        return self._socket.fileno()
 
     def fileno(self) -> int:
         """The socket, for select and poll; -1 once closed."""
@@ -232,7 +262,7 @@ class ControlConnection:
     def _read(self, deadline: float) -> bytes | memoryview:
         self._check_open()
         if self._quick is not None:
-            patience_s = min(PATIENCE_S, deadline - time.monotonic())
+            patience_s = min(self._patience_s, deadline - time.monotonic())
             if (data := self._quick.receive(patience_s)) is not None:
                 return data
         self._arm(deadline)
@@ -242,6 +272,7 @@ class ControlConnection:
         try:
             self._check_open()
             data = bytes(encode_frame(message))
+            self._patience_s = min(PATIENCE_S + PATIENCE_BYTE_S * len(data), LONGEST_PATIENCE_S)
             rest = memoryview(data)[self._quick.send(data, more=more) if self._quick is not None else 0 :]
             while rest:
                 self._arm(deadline)
@@ -320,7 +351,16 @@ def answers(reply: FromNode, request: Request) -> bool:
             keys = len(reply.address_blob) // 8
         case Peek(), Peeked():
             keys = len(reply.present)
-        case Commit(), Committed():
+        case Hold(), Held():
+            keys = len(reply.present)
+        case Pull(), Pulled():
+            here = len(reply.checksum_blob) // 8
+            return reply.request_id == request.request_id and here * KEY_BYTES <= len(request.keys)
+        case Store(), Stored():
+            keys = len(reply.states)
+        case ReadNotes(), NotesRead():
+            keys = len(reply.notes)
+        case ((Commit() | Fill()), Committed()):
             return reply.request_id == request.request_id
         case Renew(), Renewed():
             return reply.request_id == request.request_id

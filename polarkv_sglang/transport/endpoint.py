@@ -41,11 +41,12 @@ class Endpoint:
         params.address = address
         params.err_mode = _ERR_HANDLING_MODE_PEER
         params.err_handler.cb = ffi.cast("ucp_err_handler_cb_t", library.batch.polar_endpoint_failed)
-        params.err_handler.arg = self.state
+        params.err_handler.arg = worker.state  # which outlives all that UCX reports, unlike an endpoint's
         handle = ffi.new("ucp_ep_h *")
         status = library.ucp.ucp_ep_create(worker.handle, params, handle)
         library.check(status, "make an endpoint (peer error handling needs tcp in UCX_TLS)")
         self.state.handle = handle[0]
+        library.batch.polar_add_endpoint(worker.state, self.state)
         self.worker = worker
         self._keys: list[RemoteKey] = []
 
@@ -96,4 +97,5 @@ class Endpoint:
         while self._keys:
             library.ucp.ucp_rkey_destroy(self._keys.pop().handle)
         library.batch.polar_close(self.worker.state, self.state, force, _CLOSE_NS)
+        library.batch.polar_remove_endpoint(self.worker.state, self.state)
         self.worker.endpoints.discard(self)

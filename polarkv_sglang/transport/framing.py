@@ -33,6 +33,16 @@ class FrameReader:
     def feed(self, data: bytes | memoryview) -> None:
         self._buffer += data
 
+    def take(self, most: int) -> bytes:
+        """Up to ``most`` bytes of what is buffered, which are no frame."""
+        taken = bytes(self._buffer[:most])
+        del self._buffer[:most]
+        return taken
+
+    def __len__(self) -> int:
+        """How many bytes are buffered."""
+        return len(self._buffer)
+
     def head(self) -> bytes:
         """The first bytes of what is buffered, HEADER_BYTES at most."""
         return bytes(self._buffer[:HEADER_BYTES])
@@ -68,7 +78,7 @@ def decode_from_client(frame: bytes) -> FromClient:
         raise BadFrame(f"not a message of a client: {error}") from error
 
 
-def decode_from_node(frame: bytes) -> FromNode:
+def decode_from_node(frame: bytes | memoryview) -> FromNode:
     """What a memory node sent; BadFrame if it is no valid message of a node."""
     try:
         return _from_node.decode(frame)

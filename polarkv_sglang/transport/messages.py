@@ -19,13 +19,17 @@ import xxhash
 from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.transport.shared import SharedHandle
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
 MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
 MAX_FETCH_REGIONS = 64
+MAX_PULL_PARTS = 64
+MAX_PULL_RUNS = 1 << 14  # of bytes, in all blocks of one Pull: bounds how long it can hold the memory node
 MAX_FETCH_TARGETS = 1 << 17  # pieces of all keys of one Fetch
 MAX_VIEW_NODES = 1024
+MAX_NOTES = 512  # in one request: all of them fit a frame
+MAX_NOTE_BYTES = 4 << 10
 NONCE_BYTES = 16
 NODE_ID_BYTES = 16
 
@@ -38,6 +42,7 @@ NodeAddress = Annotated[str, msgspec.Meta(max_length=256)]  # host:port
 WorkerAddress = Annotated[bytes, msgspec.Meta(max_length=32 << 10)]
 PackedKey = Annotated[bytes, msgspec.Meta(max_length=16 << 10)]
 Reason = Annotated[str, msgspec.Meta(max_length=512)]
+Note = Annotated[bytes, msgspec.Meta(max_length=MAX_NOTE_BYTES)]
 
 
 class KeyState(IntEnum):
@@ -187,6 +192,30 @@ class Located(Message, frozen=True, tag="located"):
         )
 
 
+class Hold(Message, frozen=True, tag="hold"):
+    """Which keys are in the pool, and keep those for ``lease_s`` seconds (at most MAX_LEASE_S): not touched.
+
+    For requests that wait and will read them. All such leases together keep no more than a share of a memory
+    node (see ``Index.hold``): beyond it keys are answered without a lease.
+    """
+
+    request_id: Count
+    keys: bytes
+    lease_s: float
+
+    def __post_init__(self) -> None:
+        _check_keys(self.keys)
+        _check_seconds("lease_s", self.lease_s)
+
+
+class Held(Message, frozen=True, tag="held"):
+    """One byte per key: 1 present, 0 absent."""
+
+    request_id: Count
+    lease: Count  # 0: nothing is kept, there is nothing to release
+    present: bytes
+
+
 class Renew(Message, frozen=True, tag="renew"):
     """Let a lease last ``lease_s`` seconds from now (at most MAX_LEASE_S)."""
 
@@ -250,6 +279,84 @@ class Fetched(Message, frozen=True, tag="fetched"):
         _check_columns(len(self.states), self.checksum_blob, self.generation_blob)
 
 
+class Pull(Message, frozen=True, tag="pull"):
+    """Read blocks of ``length`` bytes through this connection: for links with nothing better than TCP.
+
+    Or parts of them, the same of each: so layers can come one after another, by a Pull each. Not over TLS.
+    """
+
+    request_id: Count
+    keys: bytes
+    length: BlockLength
+    part_blob: bytes = b""  # for each part where in a block it begins, and its bytes; empty: whole blocks
+
+    def __post_init__(self) -> None:
+        count = _check_keys(self.keys)
+        starts, sizes = self.parts().T
+        if count * len(sizes) > MAX_PULL_RUNS:
+            raise ValueError(f"{count} keys in {len(sizes)} parts are more than {MAX_PULL_RUNS} runs")
+        if not (sizes.all() and (sizes <= self.length).all() and (starts <= self.length - sizes).all()):
+            raise ValueError(f"a part is empty, or leaves its block of {self.length} bytes")
+
+    def parts(self) -> npt.NDArray[np.uint64]:
+        """[parts, 2]: where each begins, and its bytes."""
+        if not self.part_blob:
+            return np.array([[0, self.length]], np.uint64)
+        if len(self.part_blob) % 16 or len(self.part_blob) > 16 * MAX_PULL_PARTS:
+            raise ValueError(f"parts are no pairs of numbers, or more than {MAX_PULL_PARTS}")
+        return unpack_u64(self.part_blob).reshape(-1, 2)
+
+
+class Pulled(Message, frozen=True, tag="pulled"):
+    """How many leading keys are here, as blocks of that length. To be checked, as after a get.
+
+    Behind this frame come the number of bytes of all that is sent of these blocks, as a little-endian u64,
+    and the bytes, block by block.
+    """
+
+    request_id: Count
+    checksum_blob: bytes
+    generation_blob: bytes
+
+    def __post_init__(self) -> None:
+        _check_columns(len(self.checksum_blob) // 8, self.checksum_blob, self.generation_blob)
+
+
+class Store(Message, frozen=True, tag="store"):
+    """Write few blocks through this connection: in one exchange, where most of them will be new.
+
+    Behind this frame come the bytes of all blocks, whatever becomes of them, then per block a checksum
+    (little-endian u64), then per block one byte: 1 if it is to be stored. Not over TLS.
+    """
+
+    request_id: Count
+    keys: bytes
+    parents: bytes
+    length: BlockLength
+
+    def __post_init__(self) -> None:
+        _check_keys(self.keys)
+        if len(self.parents) != len(self.keys):
+            raise ValueError("parents and keys differ in length")
+
+
+class Stored(Message, frozen=True, tag="stored"):
+    """What became of each key; one in state RESERVED is visible now if it was to be stored."""
+
+    request_id: Count
+    states: bytes  # one KeyState per key
+
+
+class Fill(Message, frozen=True, tag="fill"):
+    """Write the blocks of a reservation through this connection, and commit them; answered by ``Committed``.
+
+    Behind this frame comes what comes behind ``Store``, for the keys in state RESERVED only.
+    """
+
+    request_id: Count
+    reservation: Count
+
+
 class Release(Message, frozen=True, tag="release"):
     """End a lease; one way. Its blocks must not be read any more."""
 
@@ -293,6 +400,35 @@ class Replicate(Message, frozen=True, tag="replicate"):
         _check_keys(self.keys)
 
 
+class WriteNotes(Message, frozen=True, tag="write_notes"):
+    """Keep small values beside the blocks, instead of what was there under their keys; one way."""
+
+    keys: bytes
+    notes: Annotated[list[Note], msgspec.Meta(max_length=MAX_NOTES)]  # one per key, none of them empty
+
+    def __post_init__(self) -> None:
+        if _check_keys(self.keys) != len(self.notes) or b"" in self.notes:
+            raise ValueError("keys and notes do not go together")
+
+
+class ReadNotes(Message, frozen=True, tag="read_notes"):
+    """Ask for notes."""
+
+    request_id: Count
+    keys: bytes
+
+    def __post_init__(self) -> None:
+        if _check_keys(self.keys) > MAX_NOTES:
+            raise ValueError(f"more than {MAX_NOTES} notes")
+
+
+class NotesRead(Message, frozen=True, tag="notes_read"):
+    """The note of each key; empty where there is none."""
+
+    request_id: Count
+    notes: Annotated[list[Note], msgspec.Meta(max_length=MAX_NOTES)]
+
+
 class View(Message, frozen=True, tag="view"):
     """The memory nodes that this rank cannot use, and why; one way. The last one counts."""
 
@@ -318,8 +454,10 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
     used_bytes: Count  # slots in use, whole
     blocks: Count  # committed
     reservations: Count
-    leases: Count
+    leases: Count  # of reads, and of requests that wait
+    leased_bytes: Count  # in blocks that have at least one
     quarantined_blocks: Count  # dropped, but still leased
+    notes_bytes: Count  # in notes, which lie beside the slab
     connections: Count
     hits_total: Count
     misses_total: Count
@@ -331,16 +469,30 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
     expired_reservations_total: Count
     bad_frames_total: Count  # connections closed for garbage, oversize or a message out of place
     refused_total: dict[str, int]  # handshakes by reason, and reserved keys as no_room and too_long
-    sent_blocks_total: Count  # put into clients' memory; see Fetch
+    sent_blocks_total: Count  # to clients; see Fetch and Pull
     sent_bytes_total: Count
     failed_sends_total: Count  # blocks
     views: dict[str, dict[str, str]]  # by connected rank: the nodes that it cannot use, and why
     views_left_out: Count  # ranks whose view is not among them, to keep this message short
 
 
-Answered = Reserve | Commit | Locate | Renew | Fetch | Peek | Statistics
-Request = Answered | Release | ReportCorrupt | Replicate | View
-Reply = Reserved | Committed | Located | Renewed | Fetched | Peeked | NodeStatistics
+Answered = (
+    Reserve | Commit | Locate | Hold | Renew | Fetch | Pull | Store | Fill | Peek | ReadNotes | Statistics
+)
+Request = Answered | Release | ReportCorrupt | Replicate | WriteNotes | View
+Reply = (
+    Reserved
+    | Committed
+    | Located
+    | Held
+    | Renewed
+    | Fetched
+    | Pulled
+    | Stored
+    | Peeked
+    | NotesRead
+    | NodeStatistics
+)
 FromClient = Hello | Proof | Request
 FromNode = Challenge | Refused | Welcome | Reply
 

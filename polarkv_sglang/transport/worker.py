@@ -36,7 +36,8 @@ class Transferred(NamedTuple):
     """What became of each block of a batch."""
 
     status: npt.NDArray[np.int8]  # 0: the data has arrived (of a put: at the peer); below: UCX's status
-    checksums: npt.NDArray[np.uint64]  # of what was read or written; undefined where status is not 0
+    checksums: npt.NDArray[np.uint64]  # of what was read or written; undefined where status is not 0, or
+    # nobody asked for them
 
 
 class WorkerStatistics(NamedTuple):
@@ -77,8 +78,6 @@ class Worker:
         self.handle: FFI.CData = handle[0]
         self.state: FFI.CData = ffi.new("polar_worker *", (library.entry_points, handle[0], event_fd[0]))
         self.endpoints: set[Endpoint] = set()
-        # UCX may report on an endpoint after its close: what it writes to lives as long as the worker.
-        self._endpoint_states: list[FFI.CData] = []
         self._poisoned = False
         self._batches = self._blocks = self._failed_blocks = self._operations = 0
         self._bytes = {Direction.GET: 0, Direction.PUT: 0}
@@ -103,7 +102,6 @@ class Worker:
         self._check_usable()
         endpoint = Endpoint(self, peer_address)
         self.endpoints.add(endpoint)
-        self._endpoint_states.append(endpoint.state)
         return endpoint
 
     def transfer(
@@ -116,6 +114,9 @@ class Worker:
         piece_bytes: int,
         memories: Sequence[RegisteredMemory],
         deadline_s: float,
+        *,
+        digest: bool = True,
+        iov: bool = True,
     ) -> Transferred:
         """Reads or writes blocks within `deadline_s` seconds from now, in one GIL-free call.
 
@@ -124,7 +125,8 @@ class Worker:
         pieces]), each inside one of `memories`. A block fails alone or with its endpoint, whose `failed` then
         says why; other routes go on. What is pending at the deadline fails as timed out (-20), and its
         endpoints are given up. On return nothing touches local memory any more; the remote memory of a failed
-        put may still change.
+        put may still change. Without `digest` there are no checksums; without `iov` no operation of UCX names
+        more than one local range. With neither, local memory may be a GPU's as long as no route is mapped.
 
         Raises TransportError, with nothing issued, if a block names a route that is not there, or lies
         outside its mapping or these memories; on other routes remote bounds are the caller's to keep. Raises
@@ -160,9 +162,9 @@ class Worker:
                 "memories": memory_states,
                 "memory_count": len(memories),
                 "put": direction is Direction.PUT,
-                "hash": library.xxh3,
+                "hash": library.xxh3 if digest else ffi.NULL,
                 "window": WINDOW,
-                "entries": IOV_ENTRIES,
+                "entries": IOV_ENTRIES if iov else 1,
                 "entry_bytes": IOV_ENTRY_BYTES,
                 "operation_bytes": OPERATION_BYTES,
                 "timeout_ns": _nanoseconds(deadline_s),

@@ -9,7 +9,7 @@ from typing import Final, Self
 
 import msgspec
 
-from tests.faults.networks import Link
+from benchmarks.networks import Link
 from tests.faults.nodes import FaultyNode
 from tests.faults.traffic import Load, Tally, TrafficProcess
 

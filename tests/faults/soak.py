@@ -22,12 +22,12 @@ from typing import Final, NamedTuple
 
 import torch
 
+from benchmarks.networks import Host, Link, network, why_not
 from examples.common import tiny_models
 from polarkv_sglang.pool.index import RESERVATION_S
 from tests.engine.servers import Server, prompt, running_server
 from tests.faults import conversations, schedule
 from tests.faults.conversations import Answered, Turn, Users
-from tests.faults.networks import Host, Link, network, why_not
 from tests.faults.pool import DEADLINE_S, STEADY, TOKEN, VICTIM, Pool
 from tests.faults.resources import Usage, engine_processes, usage
 from tests.faults.traffic import Tally

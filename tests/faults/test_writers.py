@@ -23,14 +23,17 @@ def test_writers_that_die_in_a_put_lose_their_slots_in_time_and_nobody_reads_hal
             load = Load(ucx_tls=tls, prompts=4, piece_bytes=128 << 10, pause_s=0.02)
             _die_in_a_put(node, load)
             scenes.append((node, load, stack.enter_context(Traffic(load, node.address))))
+        over_ucx = [(node, load) for node, load, _ in scenes if load.ucx_tls != "tcp"]
         for node, load, traffic in scenes:
             traffic.wait_for_hits()
-            assert node.statistics().reservations > 0
+            # What is streamed comes to nobody once its connection is gone: those slots may be free by now.
+            assert node.statistics().reservations > 0 or (node, load) not in over_ucx
             assert node.count(load.all_keys) < len(load.all_keys), "what is reserved is there uncommitted"
         for node, load, traffic in scenes:
-            node.wait_until(
-                lambda now: now.expired_reservations_total > 0, "the slots come back", RESERVATION_S + 10
-            )
+            if (node, load) in over_ucx:
+                node.wait_until(
+                    lambda now: now.expired_reservations_total > 0, "the slots come back", RESERVATION_S + 10
+                )
             node.wait_for_blocks(load.all_keys)  # the others write what the dead one did not
             traffic.wait_for_hits()
             traffic.stop()
@@ -48,7 +51,9 @@ def _die_in_a_put(node: FaultyNode, load: Load) -> None:
             node.wait_until(lambda now: now.reservations > 0 or now.blocks == len(load.all_keys), "it writes")
             writer.kill()
         # The commit may have been on its way.
-        if node.wait_until(lambda now: now.connections == 1, "its connections end").reservations:
+        rest = node.wait_until(lambda now: now.connections == 1, "its connections end")
+        # What is streamed frees its slots as the connection ends.
+        if rest.reservations or (load.ucx_tls == "tcp" and rest.blocks < len(load.all_keys)):
             return
         node.kill()
 

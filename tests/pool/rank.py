@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ class Rank:
         deadline_s: float = DEADLINE_S,
         copies: int = 1,
         ucx_tls: str | None = None,
+        tls: ssl.SSLContext | None = None,
         seed: int = 0,
     ) -> None:
         self.memory = np.random.default_rng(seed).integers(0, 256, (2, blocks, PIECE_BYTES), np.uint8)
@@ -39,6 +41,7 @@ class Rank:
             nodes,
             nodes_file=nodes_file,
             token=token,
+            tls=tls,
             deadline_s=deadline_s,
             copies=copies,
             client="test rank",
@@ -74,6 +77,7 @@ def a_rank(
     deadline_s: float = DEADLINE_S,
     copies: int = 1,
     ucx_tls: str | None = None,
+    tls: ssl.SSLContext | None = None,
     seed: int = 0,
 ) -> Iterator[Rank]:
     rank = Rank(
@@ -83,6 +87,7 @@ def a_rank(
         deadline_s=deadline_s,
         copies=copies,
         ucx_tls=ucx_tls,
+        tls=tls,
         seed=seed,
     )
     try:

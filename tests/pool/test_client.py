@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from polarkv_sglang.errors import ConfigError
 from polarkv_sglang.pool.blocks import Pieces
+from polarkv_sglang.pool.client import MAX_DEADLINE_S, PoolClient
 from polarkv_sglang.pool.placement import ranking
 from tests.pool.rank import (
     DEADLINE_S,
@@ -27,7 +29,7 @@ from tests.pool.rank import (
 )
 from tests.support import RunningNode, running_node
 
-# Shared memory; UCX where it can get; UCX where the node must put what we read.
+# Shared memory; UCX where it can get; the connection where there is nothing better than TCP.
 TRANSPORTS = [None, "cma,tcp", "tcp"]
 
 
@@ -324,3 +326,8 @@ def test_reads_do_not_wait_for_writes() -> None:
             if reads > 3:  # in a queue with the write, one before it and the one that it held up
                 return
         pytest.fail(f"{reads} reads ended during a write of {outgoing.nbytes} bytes")
+
+
+def test_a_deadline_that_could_outlast_a_lease_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leased"):
+        PoolClient(["127.0.0.1:1"], deadline_s=MAX_DEADLINE_S + 1)

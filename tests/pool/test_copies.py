@@ -18,14 +18,17 @@ PAGES = STRIPE_PAGES  # one stripe, which has one home
 DEADLINE_S = 2.0  # a quarter of it is what the first look may take, also on a busy machine
 
 
+def flags(ucx_tls: str | None) -> list[str]:
+    return [] if ucx_tls is None else ["--ucx-tls", ucx_tls]
+
+
 @contextlib.contextmanager
-def a_pool(copies: int = 2) -> Iterator[tuple[Rank, dict[str, RunningNode]]]:
+def a_pool(copies: int = 2, ucx_tls: str | None = None) -> Iterator[tuple[Rank, dict[str, RunningNode]]]:
     """A rank over two memory nodes; with two of them, a stripe's copy is on the other one."""
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(running_node()) for _ in range(2)]
-        rank = stack.enter_context(
-            a_rank(*[node.address for node in nodes], copies=copies, deadline_s=DEADLINE_S)
-        )
+        nodes = [stack.enter_context(running_node("64MiB", *flags(ucx_tls))) for _ in range(2)]
+        addresses = [node.address for node in nodes]
+        rank = stack.enter_context(a_rank(*addresses, copies=copies, deadline_s=DEADLINE_S, ucx_tls=ucx_tls))
         wait_until_live(rank, 2)
         yield rank, {node.address: node for node in nodes}
 
@@ -37,9 +40,10 @@ def wait_until_held(node: RunningNode, blocks: int, timeout_s: float = 10) -> No
         time.sleep(0.02)
 
 
-def test_a_stripe_that_is_read_again_is_copied_and_outlives_its_home() -> None:
+@pytest.mark.parametrize("ucx_tls", [None, "tcp"])
+def test_a_stripe_that_is_read_again_is_copied_and_outlives_its_home(ucx_tls: str | None) -> None:
     blocks = prompt("hot", PAGES)
-    with a_pool() as (rank, nodes):
+    with a_pool(ucx_tls=ucx_tls) as (rank, nodes):
         before = rank.memory.copy()
         assert rank.put(blocks) == [True] * PAGES
         assert sum(node.statistics().blocks for node in nodes.values()) == PAGES
@@ -79,10 +83,15 @@ def test_a_home_that_lost_its_stripe_gets_it_back_from_the_copy() -> None:
                 time.sleep(0.1)
 
 
-def test_a_block_that_is_not_what_was_written_is_not_copied() -> None:
+@pytest.mark.parametrize("ucx_tls", [None, "tcp"])
+def test_a_block_that_is_not_what_was_written_is_not_copied(ucx_tls: str | None) -> None:
     """A copy gets a checksum of its own: taken of damaged bytes, it would make them right."""
     blocks = prompt("damaged", PAGES)
-    with running_node() as source, running_node() as target, a_rank(source.address) as rank:
+    with (
+        running_node("64MiB", *flags(ucx_tls)) as source,
+        running_node("64MiB", *flags(ucx_tls)) as target,
+        a_rank(source.address, ucx_tls=ucx_tls) as rank,
+    ):
         assert rank.put(blocks) == [True] * PAGES
         flip_a_byte(source, blocks.keys[3])
         with source.connect() as control:

@@ -19,13 +19,17 @@ from polarkv_sglang.transport.messages import (
     PROTOCOL_VERSION,
     Commit,
     Fetch,
+    Fill,
     Hello,
+    Hold,
     Locate,
     Message,
     NodeStatistics,
     Peek,
     Peeked,
     Proof,
+    Pull,
+    ReadNotes,
     Refused,
     Release,
     Renew,
@@ -34,7 +38,9 @@ from polarkv_sglang.transport.messages import (
     Reserve,
     Role,
     Statistics,
+    Store,
     View,
+    WriteNotes,
     pack_u64,
     seal,
 )
@@ -86,7 +92,7 @@ class Fuzzer:
         keys = rng.randbytes(16 * count)
         number = rng.choice([0, 1, rng.getrandbits(32), rng.getrandbits(63)])
         column = rng.randbytes(8 * count)
-        choice = rng.randrange(11)
+        choice = rng.randrange(17)
         if choice == 0:
             return Reserve(
                 number, keys, rng.choice([keys, NO_PARENT * count]), rng.choice([1, 4096, 1 << 40])
@@ -111,6 +117,18 @@ class Fuzzer:
             return Fetch(number, keys, 1e300, address, rkeys, seal(address, rkeys), 1, 4096, column, regions)
         if choice == 9:
             return Statistics(number)
+        if choice == 10:
+            return Pull(number, keys, rng.choice([1, 4096, 1 << 40]))
+        if choice == 11:
+            return Store(number, keys, keys, rng.choice([1, 4096, 1 << 40]))
+        if choice == 12:
+            return Fill(number, number)
+        if choice == 13:
+            return Hold(number, keys, rng.choice([1e-300, 1.0, float("inf")]))
+        if choice == 14:
+            return WriteNotes(keys, [rng.randbytes(rng.randrange(1, 999)) for _ in range(count)])
+        if choice == 15:
+            return ReadNotes(number, keys)
         return Peek(number, keys)
 
     def _garbage(self) -> bytes:
@@ -187,6 +205,10 @@ def test_random_frames_leave_the_node_up_and_its_memory_flat():
             eventually(lambda: statistics().connections == 1)
             return process.num_fds(), process.num_threads()
 
+        # The first copy to another node takes a client, which stays.
+        files = process.num_fds()
+        bystander.send(Replicate(KEY, "nobody:1"))
+        eventually(lambda: process.num_fds() > files)
         bombard(node, fuzzer, WARM_UP_FRAMES)
         before, before_bytes = resources(), process.memory_info().rss
         bombard(node, fuzzer, FRAMES - WARM_UP_FRAMES)

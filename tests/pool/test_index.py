@@ -9,6 +9,7 @@ from collections.abc import Generator
 import pytest
 
 from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.pool import leases
 from polarkv_sglang.pool.eviction import EvictionPolicy, LeastRecentlyUsed, Leaves
 from polarkv_sglang.pool.index import RESERVATION_S, Index
 from polarkv_sglang.pool.slab import Slab
@@ -44,6 +45,21 @@ class Pool:
 
 def chain(name: str, length: int) -> list[bytes]:
     return [f"{name}{position:03}".encode().ljust(16) for position in range(length)]
+
+
+def test_an_owner_finds_nothing_once_it_has_as_many_leases_as_it_may(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(leases, "MOST_ROWS", 100)
+    pool = Pool()
+    keys = chain("a", 2)
+    pool.put(keys)
+    numbers = [pool.index.locate(1, keys, 1.0).number for _ in range(10)]
+    assert numbers.count(0) == 8
+    assert pool.index.locate(1, keys, 1.0).lengths == [0, 0]
+    assert pool.index.hold(1, keys, 1.0) == (0, b"\1\1")
+    assert pool.index.locate(2, keys, 1.0).number
+    pool.index.release(1, numbers[0])
+    assert pool.index.locate(1, keys, 1.0).lengths == [SLOT] * 2
+    pool.index.check_integrity()
 
 
 def test_block_is_invisible_until_committed():

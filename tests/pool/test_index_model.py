@@ -226,6 +226,21 @@ class IndexMachine(RuleBasedStateMachine):
         self.read.append(read)
         return read
 
+    @rule(target=reads, owner=OWNERS, keys=KEY_LISTS, lease_s=LEASES)
+    def hold(self, owner: int, keys: list[bytes], lease_s: float):
+        leased = {s.address: s.length for read in self.read for s in read.blocks.values()}
+        blocks = {key: self.committed[key] for key in keys if key in self.committed}
+        with_these = leased | {stored.address: stored.length for stored in blocks.values()}
+        number, present = self.index.hold(owner, keys, lease_s)
+        assert [bool(flag) for flag in present] == [key in blocks for key in keys]
+        assert (number > 0) == (bool(blocks) and sum(with_these.values()) <= CAPACITY_BYTES / 2)
+        if not number:
+            return multiple()
+        generations = dict(zip(blocks, self.index._table.places(self.index._rows(list(blocks))).generations))
+        read = Read(owner, number, self.now + min(lease_s, MAX_LEASE_S), blocks, generations)
+        self.read.append(read)
+        return read
+
     @rule(read=reads, lease_s=LEASES)
     def renew(self, read: Read, lease_s: float) -> None:
         assert not self.index.renew(read.owner + 1, read.number, lease_s)

@@ -1,11 +1,13 @@
-"""Reads by put, against a real memory node: over tcp, where gets are emulated."""
+"""Reads by put, against a real memory node: over tcp, where gets are emulated and TLS forbids streams."""
 
 from __future__ import annotations
 
 import random
 import signal
+import ssl
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.transport import Context, Direction, RegisteredMemory, Worker, load_library
+from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import (
     Commit,
     Fetch,
@@ -26,10 +29,14 @@ from polarkv_sglang.transport.messages import (
     Release,
     Reserve,
     Statistics,
+    Store,
     pack_u64,
     seal,
     unpack_u64,
 )
+from polarkv_sglang.transport.tls import client_context
+from tests.certificates import Authority
+from tests.pool.rank import a_rank, prompt
 from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node
 
@@ -291,3 +298,36 @@ def test_garbage_never_reaches_ucx(rank: Rank, blocks: np.ndarray, field: str, g
             control.receive(time.monotonic() + 5.0)
     assert states(rank.fetch(keys(1), rank.targets(1))) == [SENT]
     assert rank.node.statistics().bad_frames_total == 1
+
+
+def test_rank_with_tls_reads_by_put_and_writes_over_ucx(tmp_path: Path):
+    authority = Authority(tmp_path / "authority")
+    files = authority.issue("node")
+    flags = ["--tls-cert", files.cert, "--tls-key", files.key, "--tls-ca", files.ca, "--ucx-tls", "tcp"]
+    tls = client_context(*authority.issue("client"))
+    blocks = prompt("push", 12)
+    with (
+        running_node("64MiB", *flags) as node,
+        a_rank(node.address, ucx_tls="tcp", tls=tls, deadline_s=5.0) as rank,
+    ):
+        before = rank.memory.copy()
+        assert rank.put(blocks) == [True] * 12
+        assert rank.get(blocks) == [True] * 12
+        assert (rank.memory == before).all()
+        operations = [
+            lane.worker.statistics().blocks for lane in (rank.client._put_lane, rank.client._get_lane)
+        ]
+        assert operations == [12 + 1, 1]  # and a little, to see that the node can be reached
+        with secured(node, tls) as control:
+            control.send(Store(1, keys(1), NO_PARENT, 4096))
+            with pytest.raises(NodeError):
+                control.receive(time.monotonic() + 5.0)
+        with secured(node, tls) as control:
+            now = control.request(Statistics(1), 5.0)
+            assert (now.reservations, now.bad_frames_total) == (0, 1), "refused, but reserved"
+
+
+def secured(node: RunningNode, tls: ssl.SSLContext) -> ControlConnection:
+    return ControlConnection.connect(
+        node.address, token=None, role="rank", client="test", deadline_s=5.0, tls=tls
+    )

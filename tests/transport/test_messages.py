@@ -30,12 +30,19 @@ FROM_CLIENT = [
     m.Release(4),
     m.ReportCorrupt(KEYS, U64),
     m.Peek(5, KEYS),
+    m.Hold(5, KEYS, 1.5),
+    m.Pull(5, KEYS, 4096, m.pack_u64([0, 512, 2048, 512])),
     m.Renew(6, 4, 1.5),
     m.Fetch(
         7, KEYS, 1.0, b"worker", [b"one", b"two"], m.seal(b"worker", [b"one", b"two"]),
         2, 2048, m.pack_u64(range(6)), m.pack_u64([0, 1, 0, 1, 0, 1]),
     ),
+    m.Pull(9, KEYS, 4096),
+    m.Store(10, KEYS, bytes(48), 4096),
+    m.Fill(11, 12),
     m.Replicate(KEYS, "10.0.0.5:7411"),
+    m.WriteNotes(KEYS, [b"one", b"two", b"three"]),
+    m.ReadNotes(8, KEYS),
     m.View({"10.0.0.4:7411": "Connection refused"}),
     m.Statistics(8),
 ]  # fmt: skip
@@ -48,8 +55,12 @@ FROM_NODE = [
     m.Committed(2, 3),
     m.Located(3, 4, U64, U64, U64, U64),
     m.Peeked(5, b"\1\0\1"),
+    m.Held(5, 4, b"\1\0\1"),
     m.Renewed(6, True),
     m.Fetched(7, b"\0\1\2", U64, U64),
+    m.Pulled(9, U64, U64),
+    m.Stored(10, b"\0\1\3"),
+    m.NotesRead(8, [b"one", b"", b"three"]),
 ]
 
 
@@ -84,6 +95,14 @@ def test_every_message_of_a_node_survives_the_wire(message: m.FromNode):
 def test_message_in_the_wrong_direction_is_a_bad_frame(message: m.FromNode):
     with pytest.raises(BadFrame):
         decode_from_client(bytes(encode_frame(message)[HEADER_BYTES:]))
+
+
+def test_pull_of_many_keys_in_many_parts_is_refused():
+    """The node would hold up all others for it."""
+    parts = m.pack_u64([0, 1] * 2)
+    m.Pull(1, bytes(16 * m.MAX_KEYS), 4096, parts)
+    with pytest.raises(ValueError, match="runs"):
+        m.Pull(1, bytes(16 * m.MAX_KEYS), 4096, m.pack_u64([0, 1] * 3))
 
 
 @given(st.binary(max_size=200))
@@ -144,6 +163,13 @@ def test_frame_over_the_limit_is_refused_from_its_header():
         (fetch(timeout_s=-1.0), "above 0"),
         (fetch(target_blob=bytes(8)), "column"),
         (fetch(region_blob=m.pack_u64([0, 1] * 3)), "not among the 1 rkeys"),
+        (["pull", 1, KEYS, 4096, m.pack_u64([0, 4097])], "leaves its block"),
+        (["pull", 1, KEYS, 4096, m.pack_u64([4096, 1])], "leaves its block"),
+        (["pull", 1, KEYS, 4096, m.pack_u64([2**64 - 1, 2])], "leaves its block"),
+        (["pull", 1, KEYS, 4096, m.pack_u64([0, 0])], "empty"),
+        (["pull", 1, KEYS, 4096, m.pack_u64([0])], "no pairs"),
+        (["pull", 1, KEYS, 4096, m.pack_u64([0, 1] * 65)], "more than 64"),
+        (["hold", 1, KEYS, 0.0], "above 0"),
         (fetch(rkeys=[]), ">= 1"),
         (fetch(rkeys=[b"key"] * 65), "<= 64"),
         (fetch(rkeys=[b"other"]), "seal"),

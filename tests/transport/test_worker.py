@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,6 +423,18 @@ def test_an_endpoint_says_how_it_reads(untouched_peer, make_client):
     endpoints["tcp"].close()
     with pytest.raises(TransportError, match="connect again"):
         _ = endpoints["tcp"].transports
+
+
+def test_endpoints_that_were_closed_leave_nothing_with_their_worker(untouched_peer, make_client):
+    client = make_client(MIB, "tcp")
+    states = []
+    for _ in range(3):
+        endpoint = client.connect(untouched_peer("tcp")).endpoint
+        states.append(weakref.ref(endpoint.state))
+        endpoint.close(force=True)
+        del endpoint
+    gc.collect()
+    assert [state() for state in states] == [None] * 3
 
 
 def test_a_worker_that_does_not_get_its_memory_back_is_used_no_more(start_peer, make_client, monkeypatch):

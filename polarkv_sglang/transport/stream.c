@@ -1,0 +1,293 @@
+/* Blocks over sockets: a request and its blocks out, a reply and its blocks in, with many peers at once.
+ *
+ * Where a network offers nothing but TCP this is quicker than UCX's one-sided operations, which it emulates by
+ * messages: one exchange moves a whole batch, bytes are hashed while they are in a cache, and once a socket is
+ * closed nothing can reach local memory any more. One call without the GIL, like a batch over UCX. */
+
+#define _GNU_SOURCE /* sendmsg's and recvmsg's flags */
+
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include "blocks.h"
+
+enum {
+    RANGES = 64,           /* most that one system call moves */
+    BURST = 256 * 1024,    /* bytes that it moves at most: what is hashed before it or after it is in a cache */
+    SPIN_NS = 300 * 1000,  /* a reply is waited for so long without sleep; most take less */
+    SIZE_BYTES = 4,        /* of a frame's header */
+    LENGTH_BYTES = 8,      /* of what says how many bytes of blocks follow a reply */
+};
+
+struct stream {
+    polar_channel *channel;
+    uint64_t block_bytes;
+    uint64_t *digests; /* of the block that is being moved */
+    uint64_t hashed;   /* bytes of all blocks, from the first on */
+    uint64_t sent;     /* bytes of request, blocks and checksums */
+    uint64_t received; /* bytes of reply, length and blocks */
+    uint64_t frame_bytes;
+    uint64_t coming; /* bytes of blocks behind the reply */
+    uint8_t size[SIZE_BYTES];
+    uint8_t length[LENGTH_BYTES];
+    bool finished;
+};
+
+static int64_t now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+static uint64_t least(uint64_t a, uint64_t b) {
+    return a < b ? a : b;
+}
+
+static uint64_t little_endian(const uint8_t *bytes, int count) {
+    uint64_t value = 0;
+    while (count--) value = value << 8 | bytes[count];
+    return value;
+}
+
+static void finish(struct stream *stream, int error) {
+    stream->channel->error = error;
+    stream->finished = true;
+}
+
+static uint64_t outgoing_blocks(const polar_exchange_batch *batch, const struct stream *stream) {
+    return batch->put ? stream->channel->block_count * stream->block_bytes : 0;
+}
+
+static uint64_t outgoing_checksums(const polar_exchange_batch *batch, const struct stream *stream) {
+    return batch->put ? stream->channel->block_count * (sizeof(uint64_t) + 1) : 0;
+}
+
+/* Hashes the blocks' bytes up to `reached` of all of them; a block's checksum once its last byte is there. */
+static void hash_until(const polar_exchange_batch *batch, struct stream *stream, uint64_t reached) {
+    polar_channel *channel = stream->channel;
+    while (batch->hash && stream->hashed < reached) {
+        uint64_t index = stream->hashed / stream->block_bytes, start = index * stream->block_bytes;
+        uint64_t end = least(reached - start, stream->block_bytes);
+        struct block block = {
+            .hash = batch->hash,
+            .pieces = &channel->local[index * batch->pieces],
+            .piece_bytes = batch->piece_bytes,
+            .length = stream->block_bytes,
+            .digests = stream->digests,
+        };
+        end = whole_chunks(&block, end);
+        if (start + end <= stream->hashed) return; /* less than a chunk more */
+        digest(&block, stream->hashed - start, end);
+        stream->hashed = start + end;
+        if (end < stream->block_bytes) continue;
+        channel->checksums[index] = checksum_of(&block);
+        if (batch->put)
+            ((uint8_t *)(channel->checksums + channel->block_count))[index] =
+                !channel->expected || channel->expected[index] == channel->checksums[index];
+    }
+}
+
+static int add_range(struct iovec *ranges, int count, const void *start, uint64_t length) {
+    if (length && count < RANGES) ranges[count++] = (struct iovec){(void *)(uintptr_t)start, length};
+    return count;
+}
+
+/* Adds where the blocks' bytes [from, to) lie. */
+static int add_blocks(const polar_exchange_batch *batch, const struct stream *stream, struct iovec *ranges,
+                      int count, uint64_t from, uint64_t to) {
+    while (from < to && count < RANGES) {
+        uint64_t piece = from / batch->piece_bytes, into = from % batch->piece_bytes;
+        uint64_t length = least(to - from, batch->piece_bytes - into);
+        const uint8_t *start = (const uint8_t *)(uintptr_t)stream->channel->local[piece] + into;
+        struct iovec *last = count ? &ranges[count - 1] : NULL;
+        if (last && (const uint8_t *)last->iov_base + last->iov_len == start)
+            last->iov_len += length;
+        else
+            count = add_range(ranges, count, start, length);
+        from += length;
+    }
+    return count;
+}
+
+/* Whether it got on. */
+static bool send_some(const polar_exchange_batch *batch, struct stream *stream) {
+    polar_channel *channel = stream->channel;
+    uint64_t blocks = outgoing_blocks(batch, stream), sums = outgoing_checksums(batch, stream);
+    uint64_t sent = stream->sent;
+    struct iovec ranges[RANGES];
+    struct msghdr message = {.msg_iov = ranges};
+    int count = 0;
+    ssize_t done;
+
+    if (sent < channel->request_bytes) {
+        count = add_range(ranges, count, channel->request + sent, channel->request_bytes - sent);
+        sent = channel->request_bytes;
+    }
+    sent -= channel->request_bytes;
+    if (sent < blocks) {
+        uint64_t to = least(sent + BURST, blocks);
+        hash_until(batch, stream, to);
+        count = add_blocks(batch, stream, ranges, count, sent, to);
+        sent = to;
+    }
+    if (sent >= blocks && count < RANGES) {
+        uint64_t part = sent - blocks;
+        count = add_range(ranges, count, (const uint8_t *)channel->checksums + part, sums - part);
+    }
+    message.msg_iovlen = count;
+    done = sendmsg(channel->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (done < 0) {
+        if (errno != EAGAIN && errno != EINTR) finish(stream, errno);
+        return false;
+    }
+    stream->sent += done;
+    return true;
+}
+
+/* Receives into `length` bytes at `start`, of which `had` are there. Whether it got on. */
+static bool receive_part(struct stream *stream, uint8_t *start, uint64_t had, uint64_t length) {
+    ssize_t done = recv(stream->channel->fd, start + had, length - had, MSG_DONTWAIT);
+    if (done > 0) {
+        stream->received += done;
+        return true;
+    }
+    if (done == 0)
+        finish(stream, ECONNRESET);
+    else if (errno != EAGAIN && errno != EINTR)
+        finish(stream, errno);
+    return false;
+}
+
+static bool receive_blocks(const polar_exchange_batch *batch, struct stream *stream, uint64_t had) {
+    struct iovec ranges[RANGES];
+    struct msghdr message = {.msg_iov = ranges};
+    ssize_t done;
+    message.msg_iovlen = add_blocks(batch, stream, ranges, 0, had, least(had + BURST, stream->coming));
+    done = recvmsg(stream->channel->fd, &message, MSG_DONTWAIT);
+    if (done > 0) {
+        stream->received += done;
+        hash_until(batch, stream, had + done);
+        if (had + done == stream->coming) {
+            stream->channel->arrived = stream->coming / stream->block_bytes;
+            finish(stream, 0);
+        }
+        return true;
+    }
+    if (done == 0)
+        finish(stream, ECONNRESET);
+    else if (errno != EAGAIN && errno != EINTR)
+        finish(stream, errno);
+    return false;
+}
+
+/* Whether it got on. A reply is its frame, and for a get the number of bytes that follow, and these. */
+static bool receive_some(const polar_exchange_batch *batch, struct stream *stream) {
+    polar_channel *channel = stream->channel;
+    uint64_t received = stream->received;
+    bool more;
+
+    if (received < SIZE_BYTES) {
+        more = receive_part(stream, stream->size, received, SIZE_BYTES);
+        if (stream->received < SIZE_BYTES) return more;
+        stream->frame_bytes = little_endian(stream->size, SIZE_BYTES);
+        if (!stream->frame_bytes || stream->frame_bytes > channel->reply_capacity) finish(stream, EBADMSG);
+        return more;
+    }
+    received -= SIZE_BYTES;
+    if (received < stream->frame_bytes) {
+        more = receive_part(stream, channel->reply, received, stream->frame_bytes);
+        channel->reply_bytes = stream->received - SIZE_BYTES;
+        if (channel->reply_bytes == stream->frame_bytes && batch->put) finish(stream, 0);
+        return more;
+    }
+    received -= stream->frame_bytes;
+    if (received < LENGTH_BYTES) {
+        more = receive_part(stream, stream->length, received, LENGTH_BYTES);
+        if (stream->received - SIZE_BYTES - stream->frame_bytes < LENGTH_BYTES) return more;
+        stream->coming = little_endian(stream->length, LENGTH_BYTES);
+        if (stream->coming > channel->block_count * stream->block_bytes ||
+            stream->coming % stream->block_bytes)
+            finish(stream, EBADMSG);
+        else if (!stream->coming)
+            finish(stream, 0);
+        return more;
+    }
+    return receive_blocks(batch, stream, received - LENGTH_BYTES);
+}
+
+static bool is_sending(const polar_exchange_batch *batch, const struct stream *stream) {
+    return stream->sent < stream->channel->request_bytes + outgoing_blocks(batch, stream) +
+                              outgoing_checksums(batch, stream);
+}
+
+/* Waits until one of the unfinished sockets can go on, not longer than to the deadline. */
+static void sleep_on(const polar_exchange_batch *batch, const struct stream *streams, struct pollfd *fds,
+                     int64_t deadline_ns) {
+    int64_t left_ms = (deadline_ns - now_ns()) / 1000000 + 1;
+    nfds_t count = 0;
+    for (uint32_t i = 0; i < batch->channel_count; i++) {
+        if (streams[i].finished) continue;
+        /* A peer that gives up while we send says so, and may not read the rest. */
+        short events = is_sending(batch, &streams[i]) ? POLLOUT : POLLIN;
+        fds[count++] = (struct pollfd){.fd = streams[i].channel->fd, .events = events};
+    }
+    poll(fds, count, left_ms < 1 ? 1 : left_ms > INT_MAX ? INT_MAX : (int)left_ms);
+}
+
+static void run(const polar_exchange_batch *batch, struct stream *streams, struct pollfd *fds) {
+    int64_t now = now_ns(), deadline_ns = now + batch->timeout_ns, idle_since = 0;
+    for (;;) {
+        bool waiting = false, any = false, replies = false;
+        for (uint32_t i = 0; i < batch->channel_count; i++) {
+            struct stream *stream = &streams[i];
+            if (stream->finished) continue;
+            any |= is_sending(batch, stream) ? send_some(batch, stream) : receive_some(batch, stream);
+            waiting |= !stream->finished;
+            replies |= stream->received > 0;
+        }
+        if (!waiting) return;
+        now = now_ns();
+        if (now >= deadline_ns) break;
+        if (any) {
+            idle_since = 0;
+            continue;
+        }
+        if (!idle_since) idle_since = now;
+        if (!replies && now - idle_since < SPIN_NS) {
+            sched_yield(); /* the peer may be waiting for this very core */
+        } else {
+            sleep_on(batch, streams, fds, deadline_ns);
+            idle_since = 0;
+        }
+    }
+    for (uint32_t i = 0; i < batch->channel_count; i++)
+        if (!streams[i].finished) finish(&streams[i], ETIMEDOUT);
+}
+
+int polar_exchange(const polar_exchange_batch *batch) {
+    uint64_t block_bytes = batch->pieces * batch->piece_bytes, chunks = chunk_count(block_bytes);
+    struct stream *streams = calloc(batch->channel_count, sizeof(*streams));
+    struct pollfd *fds = calloc(batch->channel_count, sizeof(*fds));
+    uint64_t *digests = malloc(batch->channel_count * chunks * sizeof(*digests));
+    int result = POLAR_NO_MEMORY;
+    if (streams && fds && digests) {
+        for (uint32_t i = 0; i < batch->channel_count; i++) {
+            streams[i].channel = &batch->channels[i];
+            streams[i].block_bytes = block_bytes;
+            streams[i].digests = &digests[i * chunks];
+        }
+        run(batch, streams, fds);
+        result = POLAR_DONE;
+    }
+    free(digests);
+    free(fds);
+    free(streams);
+    return result;
+}
