@@ -122,10 +122,14 @@ DIRECT_SURFACES = (
     Surface(_WRAPPER + "._tail_hashes", ("key", "result", "device_hit_len")),
     Surface(_WRAPPER + "._offload_node", ("node_id", "transfers")),
     Surface(_WRAPPER + ".finish_loads"),
+    Surface(_WRAPPER + ".load_back", ("req",)),
+    Surface(_WRAPPER + ".release_request", ("rid",)),
+    Surface(_WRAPPER + ".reset"),
     Surface(_COUNTER, ("num_layers",)),
     Surface(_COUNTER + ".update_producer"),
     Surface(_COUNTER + ".complete", ("index", "layer")),
     Surface(_COUNTER + ".finish", ("index",)),
+    Surface(_COUNTER + ".wait_until", ("threshold",)),
     Surface(_CACHE + "init_cache_linker", ("cache_linker",)),
     Surface(_CACHE + "init_load_back", ("params",)),
     Surface(_CACHE + "finish_external_linker_loads", ("reqs",)),
@@ -138,6 +142,7 @@ DIRECT_SURFACES = (
     Surface("sglang.srt.managers.io_struct.AbortReq", ("abort_all",)),
     Surface("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
     Surface("sglang.srt.managers.schedule_batch.Req.reset_for_retract"),
+    Surface("sglang.srt.managers.schedule_batch.Req.init_next_round_input", ("tree_cache",)),
     Surface("sglang.srt.environ.Envs.SGLANG_SANITIZE_NAN_LOGITS"),
     Surface("sglang.srt.environ.EnvField.set", ("value",)),
     Surface("sglang.srt.managers.schedule_batch.FINISH_ABORT", ("message", "status_code")),
@@ -165,7 +170,11 @@ BLEND_SURFACES = (
     Surface(_CACHE + "dec_host_lock_ref", ("node_id", "params")),
     Surface(_CACHE + "full_evictable_size"),
     Surface(_CACHE + "_all_reduce", ("data", "tp_reduce_op")),
+    Surface("sglang.srt.mem_cache.common.evict_from_tree_cache", ("tree_cache", "num_tokens")),
+    Surface("sglang.srt.mem_cache.utils.get_hash_str", ("token_ids", "prior_hash", "page_size")),
+    Surface("sglang.srt.mem_cache.utils.storage_namespace_seed", ("extra_key", "cache_salt")),
 )
+ALL_SURFACES = (*LAUNCH_SURFACES, *ENGINE_SURFACES, *DIRECT_SURFACES, *BLEND_SURFACES)
 
 
 def check_surfaces(surfaces: Iterable[Surface]) -> None:

@@ -72,7 +72,7 @@ def create_direct_cache(factory: Callable[..., object], context: TreeCacheBuildC
     _hook_scheduler()
     hooks: dict[str, Callable[..., object]] = {
         compat.CHUNKED_ABORT: _keep_chunked,
-        compat.PREFILL_BATCH: _revive,
+        compat.PREFILL_BATCH: _choose_prefill,
         compat.ABORT: _note_abort,
     }
     for target, hook in hooks.items():
@@ -161,14 +161,27 @@ def _keep_chunked(abort: Callable[[Scheduler], None], scheduler: Scheduler) -> N
     abort(scheduler)
 
 
-def _revive(
+def _choose_prefill(
     choose: Callable[[Scheduler, ScheduleBatch], object], scheduler: Scheduler, running_batch: ScheduleBatch
 ) -> object:
-    from polarkv_sglang.radix.direct import DirectRadixCache
+    """Around the choice of a prefill batch: without requests for which the pool was not heard yet."""
+    from polarkv_sglang.radix.direct import DirectRadixCache, in_order
 
-    if isinstance(scheduler.tree_cache, DirectRadixCache):
-        scheduler.tree_cache.recompute.revive(scheduler)
-    return choose(scheduler, running_batch)
+    cache = scheduler.tree_cache
+    if not isinstance(cache, DirectRadixCache):
+        return choose(scheduler, running_batch)
+    cache.recompute.revive(scheduler)
+    queued = list(scheduler.waiting_queue)
+    # Those whose grammar is ready join the queue in ``choose``: they are looked up while it is compiled.
+    pending = {id(each) for each in cache.look_up([*queued, *scheduler.grammar_manager.grammar_queue])}
+    aside = [request for request in queued if id(request) in pending]
+    if not aside:
+        return choose(scheduler, running_batch)
+    scheduler.waiting_queue = [request for request in queued if id(request) not in pending]
+    try:
+        return choose(scheduler, running_batch)
+    finally:
+        scheduler.waiting_queue = in_order(queued, [*scheduler.waiting_queue, *aside])
 
 
 def _note_abort(abort: Callable[[Scheduler, AbortReq], None], scheduler: Scheduler, wanted: AbortReq) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,10 @@ class PolarRuntime:
     def __init__(self, config: PolarConfig) -> None:
         self.config = config
         self.kv_dtype: str | None = None  # of the device pool, which the host pool does not tell
+        self.gpu_memory = False  # whether blocks are to lie in a GPU's; set before the client's first use
         self.weights = WeightsGuard(self._identify)
+        # Told the page hashes of blocks that were put, by the thread that puts them; must not wait.
+        self.on_stored: Callable[[Sequence[str]], None] | None = None
         self._model_runner: ModelRunner | None = None
         self._client: PoolClient | None = None
         self._lock = threading.Lock()
@@ -59,6 +63,7 @@ class PolarRuntime:
                     client=f"{socket.gethostname()} pid {os.getpid()}",
                     ucx_library=config.ucx_library,
                     ucx_tls=config.ucx_tls,
+                    gpu_memory=self.gpu_memory,
                 )
             return self._client
 

@@ -148,7 +148,7 @@ def test_an_unknown_variable_is_an_error(
 
 
 def test_an_sglang_without_a_surface_is_refused_by_name_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.check_surfaces((*compat.LAUNCH_SURFACES, *compat.ENGINE_SURFACES, *compat.DIRECT_SURFACES))
+    compat.check_surfaces(compat.ALL_SURFACES)
     monkeypatch.delattr(UnifiedRadixCache, "write_backup_storage")
     with pytest.raises(IncompatibleSGLang, match=r"SGLang 0\.5\.\d+ has no .*write_backup_storage"):
         compat.check_surfaces(compat.ENGINE_SURFACES)

@@ -15,7 +15,7 @@ from polarkv_sglang.bench.nodes import local_node
 from polarkv_sglang.bench.throughput import TRANSPORTS
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.hicache.loader import Loader
-from polarkv_sglang.hicache.staging import Passage, passage
+from polarkv_sglang.hicache.staging import Passage, choose_way, passage
 from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.kernels.layout import PagedPool
 from polarkv_sglang.pool.blocks import Chain, chain
@@ -67,11 +67,12 @@ def measure(
         )
         try:
             client.membership.wait_tried(_DEADLINE_S)
-            way = passage(pool, client)
+            way = passage(pool, client, choose_way(pool, client))
             starts = torch.randperm(pages) * PAGE_TOKENS
             blocks = _written(client, way, buffers, starts)
-            loader = Loader(client, way)
-            _run(loader, blocks, starts, None)  # the group size follows from what a load has taken
+            each = layer_s or 0.0
+            loader = Loader(client, way, lambda: each)
+            _run(loader, blocks, starts, None)  # groups follow from what a load has taken
             rows = []
             for _ in range(repeats):
                 transfer_s = _run(loader, blocks, starts, None).ttft_s

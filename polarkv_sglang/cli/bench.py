@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polarkv_sglang.config import format_bytes, parse_address, parse_bytes
@@ -82,6 +83,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="MS",
         help="direct: that a layer computes for. Default: as long as its KV takes to arrive.",
     )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="direct: a PNG of when layers arrived and were needed."
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--index",
@@ -109,7 +113,11 @@ def run(args: argparse.Namespace) -> int:
     if args.nodes is not None and (args.index or args.spread is not None):
         raise ConfigError("--index and --spread start memory nodes of their own; leave --nodes out")
     if args.what == "direct":
-        return _run_direct(args)
+        from polarkv_sglang.cli.bench_direct import run as run_direct
+
+        return run_direct(args, lambda: _transports(args, None))
+    if args.plot is not None:
+        raise ConfigError("--plot draws what direct measures; write polarkv bench direct")
     if args.index:
         return _run_index(args)
     if args.spread is not None:
@@ -150,37 +158,6 @@ def _run_throughput(args: argparse.Namespace) -> int:
         else:
             _print_row(_as_cells(row), _COLUMNS, _WIDTHS)
     return 0 if complete else 1
-
-
-def _run_direct(args: argparse.Namespace) -> int:
-    if args.nodes is not None or args.index or args.spread is not None:
-        raise ConfigError("direct starts a memory node of its own; leave out --nodes, --index and --spread")
-    layer_s = None if args.layer_ms is None else args.layer_ms / 1e3
-    if layer_s is not None and not 0 < layer_s < 1:
-        raise ConfigError(f"--layer-ms {args.layer_ms} is out of range; it must be above 0 and below 1000")
-    from statistics import median
-
-    from polarkv_sglang.bench.direct import measure
-
-    for transport in _transports(args, None):
-        rows = measure(transport, args.pages, layer_s, args.repeats, args.ucx_library)
-        if args.json:
-            for row in rows:
-                fields = {
-                    name: [round(each, 6) for each in value] if isinstance(value, list) else value
-                    for name, value in row._asdict().items()
-                }
-                print(json.dumps(fields | {"overlap_efficiency": row.overlap_efficiency}), flush=True)
-        else:
-            row = sorted(rows, key=lambda each: each.overlap_efficiency)[len(rows) // 2]
-            gain = median(each.sequential_s / each.ttft_s for each in rows)
-            print(
-                f"{transport}: {format_bytes(row.bytes)} in {row.layers} layers: transfer "
-                f"{1e3 * row.transfer_s:.1f} ms, compute {1e3 * row.compute_s:.1f} ms, both at once "
-                f"{1e3 * row.ttft_s:.1f} ms: overlap efficiency {row.overlap_efficiency:.2f}, "
-                f"{gain:.2f} times as fast as one after the other"
-            )
-    return 0
 
 
 def _run_index(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -14,15 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from polarkv_sglang.errors import ConfigError
 from polarkv_sglang.hicache.device_pools import device_pool
 from polarkv_sglang.hicache.loader import Loader, parts
-from polarkv_sglang.hicache.loads import Batch, Landed, Load, Offload, Plan, Plans
+from polarkv_sglang.hicache.loads import Batch, Landed, Load, Offload
+from polarkv_sglang.hicache.lookups import Lookups
 from polarkv_sglang.hicache.naming import BlockNames, RankPlace
-from polarkv_sglang.hicache.staging import passage
-from polarkv_sglang.pool.blocks import Chain
+from polarkv_sglang.hicache.pace import PacedLoadCounter
+from polarkv_sglang.hicache.staging import choose_way, passage_or_host
 from polarkv_sglang.runtime import current_runtime
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class PolarLinker(UnifiedCacheLinker):
     numbers, and some models (activations quantised with one scale) let the rows of a pass influence each
     other: if layers had been released, the whole pass is dropped. If not, its pages are zeroed first.
 
-    A block may be evicted between lookup and load: no lease is held in between, the load then misses it,
-    and it is computed.
+    What a lookup found is leased until its request has loaded it or goes (``lookups``). Beyond what a memory
+    node keeps like this a block may be evicted in between: the load then misses it, and it is computed.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class PolarLinker(UnifiedCacheLinker):
                 "supported; use --polarkv-mode hicache"
             )
         self._runtime = current_runtime()
-        self._client = self._runtime.client
         kv = params.token_to_kv_pool_allocator.get_kvcache()
         pool = device_pool(kv, params.page_size)
         self._pool = pool.paged
+        self._runtime.gpu_memory = self._pool.device.type == "cuda"
+        self._client = self._runtime.client
         self._place = _rank_place(params, pool.replicated)
         self._names = BlockNames(
             self._runtime,
@@ -84,13 +85,16 @@ class PolarLinker(UnifiedCacheLinker):
             block_bytes=self._pool.block_bytes,
             layout=pool.layout,
         )
-        self._loader = Loader(self._client, passage(self._pool, self._client))
-        self._out = passage(self._pool, self._client)
+        self.layer_done_counter = PacedLoadCounter(self._pool.layers, self._pool.device)
+        passage_in, way = passage_or_host(self._pool, self._client, choose_way(self._pool, self._client))
+        self._out, way_out = passage_or_host(self._pool, self._client, way)
+        for each in dict.fromkeys((way, way_out)):
+            logger.info("PolarKV: %s", each)
+        self._loader = Loader(self._client, passage_in, lambda: self.layer_done_counter.layer_s)
         self.forward_stream = forward_stream if self._pool.device.type == "cuda" else None
         self.pools = {PoolName.KV: kv}
-        self.layer_done_counter = LayerWiseLoadCounter(self._pool.layers)
         self.prefix: list[str] = []  # page hashes before those of the next lookup or offload
-        self._plans = Plans()
+        self.lookups = Lookups(self._client)
         self._queued: dict[str, Load] = {}
         self._started: dict[int, Batch] = {}
         self._epoch = 0  # offloads of an earlier one are dropped
@@ -106,47 +110,57 @@ class PolarLinker(UnifiedCacheLinker):
 
     # Looking up and loading
 
-    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every number of pages that could be restored; asks the pool once per request and few seconds.
+    def begin_lookup(self, rid: str, hashes: list[str]) -> bool:
+        """Have the pool asked for a request's pages; False while nothing may be shared."""
+        digest = self._names.digest()
+        if digest is None:
+            return False
+        self.lookups.begin(rid, digest, hashes, self._names.chain(digest, self.prefix, hashes))
+        return True
 
-        Blocks at most one deadline.
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        """Every number of pages that could be restored, as the request's lookup found.
+
+        Where there is none for these pages (its prefix in L1 is shorter than when it was begun), the pool is
+        asked now. An answer for which the scheduling pass has no more patience counts as a miss.
         """
         hashes = list(transfers[0].keys or ())
         digest = self._names.digest()
         if digest is None or not hashes:
             return []
-        plan = self._plans.find(rid, digest)
-        position = plan.position(hashes[0]) if plan is not None else None
-        if plan is None or position is None:
-            plan, position = self._plan(digest, hashes), 0
-            self._plans.keep(rid, plan)
+        lookup = self.lookups.find(rid)
+        if lookup is None or lookup.plan.digest != digest or lookup.plan.position(hashes[0]) is None:
+            if not self.begin_lookup(rid, hashes):
+                return []
+            self.lookups.wait([rid])
+            lookup = self.lookups.find(rid)
+            assert lookup is not None
+        plan = lookup.plan
+        position = plan.position(hashes[0])
+        assert position is not None
         return list(range(1, plan.hits - position + 1))
 
-    def _plan(self, digest: bytes, hashes: list[str]) -> Plan:
-        chain = self._names.chain(digest, self.prefix, hashes)
-        try:
-            hits = self._client.peek(chain)
-        except Exception:  # the pool can never hurt the engine
-            logger.exception("PolarKV: a lookup in the pool failed and counts as a miss")
-            hits = 0
-        return Plan(digest, hashes, chain, hits, time.monotonic())
-
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Queue what ``lookup`` found into slots of the request; False if it was found under other names."""
+        """Queue what ``lookup`` found into slots of the request; False if that is not what is wanted now."""
         kv = transfers[0]
-        plan = self._plans.take(rid)
-        if plan is None or plan.digest != self._names.digest() or kv.device_indices is None:
+        lookup = self.lookups.take(rid)
+        if lookup is None:
             return False
-        position = plan.position(kv.keys[0])
-        if position is None:
+        plan = lookup.plan
+        position = plan.position(kv.keys[0]) if plan.digest == self._names.digest() else None
+        part = slice(position, (position or 0) + len(kv.keys))
+        if position is None or kv.device_indices is None or plan.hashes[part] != list(kv.keys):
+            self.lookups.end(lookup)
             return False
-        part = slice(position, position + len(kv.keys))
-        chain = Chain(plan.chain.keys[part], plan.chain.parents[part], plan.chain.anchors[part])
-        self._queued[rid] = Load(rid, chain, self._starts(kv.device_indices))
+        self._queued[rid] = Load(rid, plan.chain.part(part), self._starts(kv.device_indices), lookup)
         return True
 
     def cancel_queued_load(self, rid: str) -> bool:
-        return self._queued.pop(rid, None) is not None
+        load = self._queued.pop(rid, None)
+        if load is None:
+            return False
+        self.lookups.end(load.lookup)
+        return True
 
     def start_layer_wise_loading(self) -> int:
         if not self._queued:
@@ -170,8 +184,12 @@ class PolarLinker(UnifiedCacheLinker):
         return landed
 
     def _run_loads(self) -> None:
+        self._use_device()
         while (batch := self._loads.get()) is not None:
-            batch.landed.set_result(self._land(batch))
+            landed = self._land(batch)
+            for load in batch.loads:
+                self.lookups.end(load.lookup)
+            batch.landed.set_result(landed)
             self._loads.task_done()
 
     def _land(self, batch: Batch) -> Landed:
@@ -218,6 +236,7 @@ class PolarLinker(UnifiedCacheLinker):
         return self._offloaded.popleft()
 
     def _run_offloads(self) -> None:
+        self._use_device()
         while (offload := self._offloads.get()) is not None:
             self._offloaded.append(self._store(offload))
             self._offloads.task_done()
@@ -245,8 +264,9 @@ class PolarLinker(UnifiedCacheLinker):
         """Forget what is queued, and wait for what is under way: at most about a deadline each."""
         self.drop_offloads()
         self._loads.join()
-        self._plans.clear()
-        self._queued.clear()
+        self.lookups.keep_only(frozenset())
+        for rid in list(self._queued):
+            self.cancel_queued_load(rid)
         self._started.clear()
         self._offloaded.clear()
         self.layer_done_counter.reset()
@@ -262,6 +282,12 @@ class PolarLinker(UnifiedCacheLinker):
         self._offloads.put(None)
         for thread in self._threads:
             thread.join()
+        self.lookups.close()
+
+    def _use_device(self) -> None:
+        """For a thread of its own: each begins on GPU 0, where kernels must not be launched for another."""
+        if self._pool.device.type == "cuda":
+            torch.cuda.set_device(self._pool.device)
 
     def _launched(self) -> list[torch.cuda.Event]:
         """Events after which all that was launched on L1 so far is done; on a CPU it is."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from polarkv_sglang.hicache.groups import layer_groups
 from polarkv_sglang.hicache.staging import Passage, clear_pages
 from polarkv_sglang.kernels.layout import LayerRange
 from polarkv_sglang.pool.blocks import Chain, Stages
@@ -17,15 +18,15 @@ from polarkv_sglang.pool.client import PoolClient
 
 logger = logging.getLogger(__name__)
 
-# Of transfer in a group of layers: enough to be worth a call, little to wait for.
-_GROUP_S: Final = 1e-3
 _FIRST_GUESS_BPS: Final = 1e9
 
 
 class Loader:
     """Reads blocks into pages of L1; used by one thread."""
 
-    def __init__(self, client: PoolClient, passage: Passage) -> None:
+    def __init__(self, client: PoolClient, passage: Passage, layer_s: Callable[[], float]) -> None:
+        """``layer_s`` tells the seconds that the forward pass computes with a layer; 0 if not known yet."""
+        self._layer_s = layer_s
         self._client = client
         self._passage = passage
         self._pool = passage.pool
@@ -73,19 +74,14 @@ class Loader:
         return right
 
     def _groups(self, blocks: int) -> list[LayerRange]:
-        """Groups of layers that take about _GROUP_S each, as fast as the pool has been."""
+        """As fast as the pool has been so far."""
         pool = self._client.statistics()
         speed = pool.got_bytes / pool.get_s if pool.get_s else _FIRST_GUESS_BPS
-        layers = self._pool.layers
-        layer_bytes = blocks * self._pool.block_bytes / layers
-        size = min(layers, max(1, round(_GROUP_S * speed / layer_bytes)))
-        return [LayerRange(first, min(first + size, layers)) for first in range(0, layers, size)]
+        layer_bytes = blocks * self._pool.block_bytes / self._pool.layers
+        return layer_groups(self._pool.layers, layer_bytes / speed, self._layer_s())
 
 
 def parts(chain: Chain, starts: torch.Tensor, most: int) -> list[tuple[slice, Chain, torch.Tensor]]:
     """A chain and its pages in parts of at most ``most`` blocks."""
     slices = [slice(start, start + most) for start in range(0, len(chain), most)]
-    return [
-        (part, Chain(chain.keys[part], chain.parents[part], chain.anchors[part]), starts[part])
-        for part in slices
-    ]
+    return [(part, chain.part(part), starts[part]) for part in slices]

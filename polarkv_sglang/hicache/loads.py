@@ -1,67 +1,14 @@
-"""What the linker of direct mode has under way: plans of requests, loads of batches, offloads."""
+"""What the linker of direct mode has under way: loads of batches, and offloads."""
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
 from concurrent.futures import Future
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from polarkv_sglang.hicache.lookups import Lookup
 from polarkv_sglang.pool.blocks import Chain
-
-# After which a lookup is made again: what was evicted meanwhile is better known before a load than in it.
-_PLAN_S: Final = 5.0
-_MOST_PLANS: Final = 4096
-
-
-class Plan(NamedTuple):
-    """What a lookup found for one request."""
-
-    digest: bytes  # of the namespace that the blocks are named in
-    hashes: list[str]  # of the pages asked for, heads first
-    chain: Chain
-    hits: int  # of them, how many at the head are in the pool
-    made: float  # time.monotonic
-
-    def position(self, page_hash: str) -> int | None:
-        """Where a page is in the plan; None if it is not."""
-        # A page hash covers all pages before it, so no two pages of a plan have the same.
-        return self.hashes.index(page_hash) if page_hash in self.hashes else None
-
-
-class Plans:
-    """The plans of waiting requests, as long as they are fresh. Losing one costs a lookup."""
-
-    def __init__(self) -> None:
-        self._plans: OrderedDict[str, Plan] = OrderedDict()
-
-    def find(self, rid: str, digest: bytes) -> Plan | None:
-        """The plan of a request, if it is fresh and its names are still right."""
-        plan = self._plans.get(rid)
-        return plan if plan is not None and plan.digest == digest and _fresh(plan) else None
-
-    def keep(self, rid: str, plan: Plan) -> None:
-        self._plans.pop(rid, None)
-        while self._plans and not _fresh(next(iter(self._plans.values()))):
-            self._plans.popitem(last=False)
-        self._plans[rid] = plan
-        if len(self._plans) > _MOST_PLANS:
-            self._plans.popitem(last=False)
-
-    def take(self, rid: str) -> Plan | None:
-        return self._plans.pop(rid, None)
-
-    def clear(self) -> None:
-        self._plans.clear()
-
-    def __len__(self) -> int:
-        return len(self._plans)
-
-
-def _fresh(plan: Plan) -> bool:
-    return time.monotonic() - plan.made <= _PLAN_S
 
 
 class Load(NamedTuple):
@@ -70,6 +17,7 @@ class Load(NamedTuple):
     rid: str
     chain: Chain
     starts: torch.Tensor  # first slots of their pages, int64 [blocks] on the CPU
+    lookup: Lookup  # which keeps them in the pool
 
 
 class Landed(NamedTuple):

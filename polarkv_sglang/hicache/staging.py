@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from polarkv_sglang.errors import TransportError
+from polarkv_sglang.kernels.checksum import checksum_blocks
 from polarkv_sglang.kernels.layout import LayerRange, PagedPool
 from polarkv_sglang.kernels.pack import pack_blocks, unpack_blocks
-from polarkv_sglang.pool.blocks import Pieces
+from polarkv_sglang.pool.blocks import Blocks, Pieces
 from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.transport.messages import MAX_FETCH_REGIONS, MAX_FETCH_TARGETS, MAX_KEYS
 
@@ -95,39 +97,51 @@ class InPlace(Passage):
 
 
 class Staged(Passage):
-    """Blocks pass through host memory, pinned where L1 is a GPU's, packed and unpacked on L1's device."""
+    """Blocks pass through memory of their own, packed and unpacked on L1's device.
 
-    def __init__(self, pool: PagedPool, client: PoolClient) -> None:
+    That memory is on the device where UCX can read and write it there (GPUDirect where it can). Else it is
+    host memory, pinned where L1 is a GPU's, and copied to and from the device.
+    """
+
+    def __init__(self, pool: PagedPool, client: PoolClient, *, on_device: bool) -> None:
         """Raises TransportError if UCX refuses to register the staging memory."""
         super().__init__(pool)
         most = min(MAX_KEYS, MAX_FETCH_TARGETS // self.block_pieces, _STAGING_BYTES // pool.block_bytes)
         self.most_blocks = max(1, most)
         shape = (self.most_blocks, pool.block_bytes)
         on_gpu = pool.device.type == "cuda"
-        self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = torch.empty(shape, dtype=torch.uint8, device=pool.device) if on_gpu else self._host
+        self._device = torch.empty(shape, dtype=torch.uint8, device=pool.device)
+        separate = on_gpu and not on_device
+        self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if separate else None
         self._stream = torch.cuda.Stream(pool.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        client.register(self._host.data_ptr(), self._host.numel())
+        registered = self._device if self._host is None else self._host
+        client.register(registered.data_ptr(), registered.numel(), cuda=registered.is_cuda)
         pieces = np.arange(self.most_blocks * self.block_pieces, dtype=np.uint64)
         offsets = pieces * np.uint64(self.piece_bytes)
-        self._addresses = (np.uint64(self._host.data_ptr()) + offsets).reshape(-1, self.block_pieces)
+        self._addresses = (np.uint64(registered.data_ptr()) + offsets).reshape(-1, self.block_pieces)
+        self._checksums = self._checksums_on_device if on_device else None
 
     def pieces(self, starts: torch.Tensor) -> Pieces:
-        return Pieces(self._addresses[: len(starts)], self.piece_bytes)
+        return Pieces(self._addresses[: len(starts)], self.piece_bytes, self._checksums)
+
+    def _checksums_on_device(self, blocks: Blocks) -> npt.NDArray[np.uint64]:
+        with torch.cuda.stream(self._stream):
+            return checksum_blocks(self._device[torch.from_numpy(blocks).to(self._device.device)])
 
     def leave(self, starts: torch.Tensor) -> None:
         count = len(starts)
         with torch.cuda.stream(self._stream):  # without one, nothing
             pack_blocks(self.pool, starts.to(self.pool.device), self._device[:count])
-            if self._stream is not None:
+            if self._host is not None:
                 self._host[:count].copy_(self._device[:count], non_blocking=True)
+            if self._stream is not None:
                 self._stream.synchronize()
 
     def enter(self, starts: torch.Tensor, layers: LayerRange | None = None) -> None:
         count = len(starts)
         span = LayerRange(0, self.pool.layers) if layers is None else layers
         with torch.cuda.stream(self._stream):
-            if self._stream is not None:
+            if self._host is not None:
                 for run in self.columns(span):
                     part = slice(run.start * self.piece_bytes, run.stop * self.piece_bytes)
                     self._device[:count, part].copy_(self._host[:count, part], non_blocking=True)
@@ -136,9 +150,48 @@ class Staged(Passage):
                 self._stream.synchronize()
 
 
-def passage(pool: PagedPool, client: PoolClient) -> Passage:
-    """The shortest way that ``pool`` has. Raises TransportError."""
-    return InPlace(pool, client) if InPlace.fits(pool) else Staged(pool, client)
+class Way(NamedTuple):
+    """How blocks pass between L1 and the pool, and why so."""
+
+    in_place: bool  # the pool reads and writes L1 itself
+    on_device: bool  # else: it reads and writes staging memory on L1's device
+    reason: str
+
+    def __str__(self) -> str:
+        if self.in_place:
+            return f"the pool reads and writes L1 where it lies: {self.reason}"
+        where = "on the GPU, registered with UCX" if self.on_device else "in host memory"
+        return f"blocks are staged {where}: {self.reason}"
+
+
+def choose_way(pool: PagedPool, client: PoolClient) -> Way:
+    """The shortest way that ``pool`` has."""
+    if InPlace.fits(pool):
+        return Way(True, False, "it is host memory without gaps")
+    if pool.device.type != "cuda":
+        return Way(False, False, "L1 is host memory that has gaps, or too many layers for one request")
+    if client.no_gpu_memory is not None:
+        return Way(False, False, client.no_gpu_memory)
+    return Way(False, True, "UCX takes CUDA memory")
+
+
+def passage(pool: PagedPool, client: PoolClient, way: Way) -> Passage:
+    """One direction of ``way``. Raises TransportError."""
+    return InPlace(pool, client) if way.in_place else Staged(pool, client, on_device=way.on_device)
+
+
+def passage_or_host(pool: PagedPool, client: PoolClient, way: Way) -> tuple[Passage, Way]:
+    """One direction of ``way``, or of the one through host memory if that has to do.
+
+    UCX that takes CUDA memory may still refuse this GPU's, or as much of it. Raises TransportError.
+    """
+    try:
+        return passage(pool, client, way), way
+    except TransportError as error:
+        if not way.on_device:
+            raise
+        way = Way(False, False, str(error))
+        return passage(pool, client, way), way
 
 
 def clear_pages(pool: PagedPool, starts: torch.Tensor) -> None:

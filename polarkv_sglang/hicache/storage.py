@@ -90,7 +90,12 @@ class PolarStorage(HiCacheStorage):
 
         def write() -> list[bool]:
             offered = self._chain(keys, extra_info)
-            return miss if offered is None else self._client.put(offered, self._pieces(host_indices)).tolist()
+            if offered is None:
+                return miss
+            stored: list[bool] = self._client.put(offered, self._pieces(host_indices)).tolist()
+            if self._runtime.on_stored is not None:
+                self._runtime.on_stored([key for key, is_there in zip(keys, stored) if is_there])
+            return stored
 
         miss = [False] * len(keys)
         return _or_miss(miss, write)

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from polarkv_sglang.radix.giving_way import GivingWay
 from polarkv_sglang.radix.policy import CostPolicy, Decision, NodeView, SpillPolicy
 from polarkv_sglang.radix.rates import RateMeter
 from polarkv_sglang.runtime import PolarRuntime, current_runtime
@@ -35,8 +36,6 @@ _ALL_TOKENS = 1 << 60
 _WATERMARK_STEPS = 16
 _DRAIN_POLL_S = 0.001
 _DRAIN_STEPS = 10_000
-_YIELD_S = 200e-6
-_YIELD_GAP_S = 400e-6
 
 
 class PolarRadixCache(UnifiedRadixCache):
@@ -64,7 +63,7 @@ class PolarRadixCache(UnifiedRadixCache):
         self.rates = RateMeter()
         self.blender: Blender | None = None  # None: CacheBlend is off
         self._steps = 0
-        self._yield_next = 0.0  # time.monotonic
+        self.giving_way = GivingWay()
         self._inserts = 0
         self._inserts_at_reset = 0
         self._nothing_cold = (-1, 0)  # inserts and least free tokens at which nothing is left to copy ahead
@@ -77,6 +76,11 @@ class PolarRadixCache(UnifiedRadixCache):
     def is_clean(self) -> bool:
         """Whether no KV was put into the tree since it was emptied, and none is on its way."""
         return self._inserts == self._inserts_at_reset and not self.ongoing_prefetch
+
+    @property
+    def inserts(self) -> int:
+        """How often KV was put into the tree."""
+        return self._inserts
 
     def reset(self) -> None:
         # Storage threads are joined in there, within a time that a backlog for a slow pool would exceed.
@@ -146,16 +150,10 @@ class PolarRadixCache(UnifiedRadixCache):
         )
 
     def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
-        """Whether a request's fetch has ended; while it has not, lets the threads that fetch have the GIL.
-
-        The scheduler polls in a tight loop where nothing else can run, and a storage thread that wants the
-        GIL would wait a switch interval (5 ms) for every step of its fetch. However many requests wait, a
-        scheduling pass gives way once.
-        """
+        """Whether a request's fetch has ended; while it has not, lets the threads that fetch have the GIL."""
         ready = bool(super().check_prefetch_progress(request))
-        if not ready and time.monotonic() >= self._yield_next:
-            time.sleep(_YIELD_S)
-            self._yield_next = time.monotonic() + _YIELD_GAP_S
+        if not ready:
+            self.giving_way.give_way()
         return ready
 
     # Spilling

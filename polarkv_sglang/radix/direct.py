@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # After which a request is computed without asking the pool.
 _MOST_FAILURES = 2
+# That a scheduling pass gives new lookups in all: most are done by then, and their requests join its batch.
+_PATIENCE_S = 2e-3
 # Share of L1 that is locked by writes to the pool when no more are begun; the KV then stays local.
 _MOST_PENDING = 0.5
 
@@ -68,10 +71,20 @@ class DirectRadixCache(PolarRadixCache):
             self.recompute.mark(request)
         return failed
 
+    def look_up(self, waiting: Sequence[Req]) -> list[Req]:
+        """Have the pool asked for requests that wait; those whose answer is still to come."""
+        return [] if self.linker is None else self.linker.look_up(waiting)
+
     def drain_storage(self) -> None:
         """End all writes, so that a flush can follow; the weights guard is suspended, so no new ones come."""
         if self.linker is not None:
             self.linker.cache_linker.drop_offloads()
+
+
+def in_order(queued: Sequence[Req], left: Sequence[Req]) -> list[Req]:
+    """What is left of a queue as it was queued; what has come since (preempted requests) is last."""
+    places = {id(request): place for place, request in enumerate(queued)}
+    return sorted(left, key=lambda request: places.get(id(request), len(queued)))
 
 
 class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
@@ -91,12 +104,70 @@ class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
         self.tainted = False  # whether what the last pass computed is to be dropped for all of its requests
         self._most_pending = int(_MOST_PENDING * cache.token_to_kv_pool_allocator.size)
         self._pending_tokens: list[int] = []  # of ``pending_offloads``
+        # Requests in the queue by whether all ranks know what the pool has for them.
+        self._looked_up: dict[str, bool] = {}
+        self._beginning = False
+
+    def look_up(self, waiting: Sequence[Req]) -> list[Req]:
+        """Start lookups of requests that are new in the queue; those of which the answer is still to come.
+
+        The scheduler leaves these in the queue: it never waits long for a memory node. Their KV in the pool
+        is kept until they are loaded or leave the queue. Called once, at the start of a scheduling pass.
+        """
+        lookups = self.cache_linker.lookups
+        lookups.patience_s = _PATIENCE_S
+        rids = {request.rid for request in waiting}
+        lookups.keep_only(rids)
+        self._looked_up = {rid: known for rid, known in self._looked_up.items() if rid in rids}
+        new = [request for request in waiting if request.rid not in self._looked_up]
+        for request in new:
+            self._looked_up[request.rid] = not self._begin(request)
+        pending = [request for request in waiting if not self._looked_up[request.rid]]
+        if not pending:
+            return []
+        if new:
+            lookups.wait([request.rid for request in pending])
+        else:
+            self.cache.giving_way.give_way()
+        found = [lookups.find(request.rid) for request in pending]
+        done = torch.tensor([each is None or each.done for each in found], dtype=torch.int)
+        self.cache._all_reduce_attn_groups(done, torch.distributed.ReduceOp.MIN)
+        for request, known in zip(pending, done.tolist(), strict=True):
+            self._looked_up[request.rid] = bool(known)
+        return [request for request in pending if not self._looked_up[request.rid]]
+
+    def _begin(self, request: Req) -> bool:
+        """Whether there is something to ask the pool for."""
+        self._beginning = True
+        try:
+            request.init_next_round_input(self.cache)
+        finally:
+            self._beginning = False
+        return self.cache_linker.lookups.find(request.rid) is not None
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         if self.failures.get(req, 0) >= _MOST_FAILURES:
             return result
+        if self._beginning:
+            hashes = self._tail_hashes(key, result, result.device_prefix_len)
+            if hashes:
+                self.cache_linker.begin_lookup(req.rid, hashes)
+            return result
         matched: MatchResult = super().match(key, req, result)
         return matched
+
+    def load_back(self, req: Req) -> tuple[int, int]:
+        self._looked_up.pop(req.rid, None)  # if it comes back it is looked up again
+        loaded: tuple[int, int] = super().load_back(req)
+        return loaded
+
+    def release_request(self, rid: str) -> None:
+        super().release_request(rid)
+        self.cache_linker.lookups.drop(rid)
+
+    def reset(self) -> None:
+        super().reset()
+        self._looked_up.clear()  # requests that wait are looked up again
 
     def _tail_hashes(self, key: RadixKey, result: MatchResult, device_hit_len: int) -> list[str]:
         hashes: list[str] = super()._tail_hashes(key, result, device_hit_len)
@@ -128,8 +199,12 @@ class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
         self.tainted = not clean
         lost = [rid for rid, here in zip(rids, arrived, strict=True) if not here]
         if lost:
+            rest = "" if clean else ", and so is the rest of their pass, which has used layers of it"
             logger.warning(
-                "PolarKV: KV of %d of %d requests did not arrive; they are computed", len(lost), len(rids)
+                "PolarKV: KV of %d of %d requests did not arrive; they are computed%s",
+                len(lost),
+                len(rids),
+                rest,
             )
         return lost
 

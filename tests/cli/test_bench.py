@@ -134,6 +134,7 @@ def test_ended_bench_leaves_no_process_behind(number: int) -> None:
         (("--repeats", "0"), "--repeats 0 is below 1"),
         (("--index", "--nodes", "10.0.0.4:7411"), "leave --nodes out"),
         (("--nodes", "nowhere"), "pool node 'nowhere' is not host:port"),
+        (("--plot", "layers.png"), "write polarkv bench direct"),
     ],
 )
 def test_wrong_flag_is_one_line_that_names_it(flags: tuple[str, ...], complaint: str) -> None:
@@ -143,9 +144,12 @@ def test_wrong_flag_is_one_line_that_names_it(flags: tuple[str, ...], complaint:
 
 
 @pytest.mark.slow
-def test_direct_tells_when_each_layer_arrived_and_when_it_was_needed() -> None:
-    done = polarkv("bench", "direct", "--json", "--repeats", "2", "--pages", "2", "--transport", "shm")
+def test_direct_tells_when_each_layer_arrived_and_when_it_was_needed(tmp_path: Path) -> None:
+    picture = tmp_path / "layers.png"
+    flags = ("--json", "--repeats", "2", "--pages", "2", "--transport", "shm", "--plot", str(picture))
+    done = polarkv("bench", "direct", *flags)
     assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
     found = rows(done.stdout)
     assert len(found) == 2
     for row in found:

@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,23 +25,28 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 DEADLINE_S = 0.5
 CHUNK = 256  # tokens; what is longer is prefilled in chunks, beside requests that decode
 LOST = "did not arrive; they are computed"
+LOST_IN_USE = "which has used layers of it"
+# So much KV that loads take a while and come in several groups of layers.
+SIZES = {"num_hidden_layers": 8, "num_key_value_heads": 4, "head_dim": 128}
+# SGLang ends if a slot of L1 is neither free nor in the tree nor a request's, while it is busy too.
+CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.build("llama", tmp_path_factory.mktemp("model") / "llama")
+    return tiny_models.build("llama", tmp_path_factory.mktemp("model") / "llama", sizes=SIZES)
 
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[FaultyNode]:
-    with FaultyNode("256MiB").start() as running:
+    with FaultyNode("1GiB").start() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, node: FaultyNode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with running_server(model, log, *flags(node)) as running:
+    with running_server(model, log, *flags(node), environment=CHECKS) as running:
         yield running
 
 
@@ -49,8 +55,8 @@ def mapped(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """Over mapped memory, where layers are used as they come, before their blocks are checked."""
     log = tmp_path_factory.mktemp("mapped") / "server.log"
     with (
-        FaultyNode("256MiB").start() as node,
-        running_server(model, log, *flags(node, tls="all")) as server,
+        FaultyNode("1GiB").start() as node,
+        running_server(model, log, *flags(node, tls="all"), environment=CHECKS) as server,
     ):
         yield server, node
 
@@ -61,9 +67,18 @@ def flags(node: FaultyNode, tls: str = "tcp") -> tuple[str, ...]:
     return ("--polarkv-mode", "direct", *pool, "--chunked-prefill-size", str(CHUNK), "--enable-mixed-chunk")
 
 
-def lost_loads(server: Server) -> int:
+def lost_loads(server: Server, how: str = LOST) -> int:
     """Loads that failed so far, by the engine's log."""
-    return server.log.read_text(errors="replace").count(LOST)
+    return server.log.read_text(errors="replace").count(how)
+
+
+def check_nothing_is_left(server: Server, node: FaultyNode) -> None:
+    """No lease; L1 free to the last slot, which SGLang checks when it is idle, and ends if not."""
+    node.wait_until(lambda now: now.leases == 0, "no lease is left")
+    server.flush()
+    time.sleep(1.0)
+    assert server.process.poll() is None
+    assert server.generate(prompt(900, 800)).tiers is not None
 
 
 def test_a_prefix_comes_from_the_pool_and_is_attributed_to_it(server: Server) -> None:
@@ -121,7 +136,7 @@ def test_a_node_that_fails_in_loads_under_traffic_costs_no_request_and_no_token(
     # More prompts than L1 holds, so that they are loaded all the time.
     prompts = [prompt(100 + number, 400 + 100 * number) for number in range(8)]
     expected = [server.generate(each).output_ids for each in prompts]
-    before = lost_loads(server)
+    before = lost_loads(server, LOST_IN_USE)
     turns, over = itertools.count(), threading.Event()
 
     def ask() -> list[bool]:
@@ -135,10 +150,11 @@ def test_a_node_that_fails_in_loads_under_traffic_costs_no_request_and_no_token(
         asking = [pool.submit(ask) for _ in range(4)]
         hangups = pool.submit(hang_up_until, over, server, prompts)
         try:
-            end = time.monotonic() + 90
-            while lost_loads(server) == before and time.monotonic() < end:
-                sent = node.statistics().sent_blocks_total
-                node.wait_for("sent_blocks_total", sent + 1)
+            end = time.monotonic() + 120
+            while lost_loads(server, LOST_IN_USE) == before and time.monotonic() < end:
+                # Once the first layers of a load have come, and some of the others not yet.
+                sent = node.statistics().sent_bytes_total
+                node.wait_for("sent_bytes_total", sent + 1)
                 if fault == "killed":
                     node.kill()
                     node.start()
@@ -150,10 +166,94 @@ def test_a_node_that_fails_in_loads_under_traffic_costs_no_request_and_no_token(
             over.set()
         assert all(all(each.result()) for each in asking)
         assert hangups.result() > 0
-    assert lost_loads(server) > before, "no load was hit"
+    assert lost_loads(server, LOST_IN_USE) > before, "no load was hit"
     assert server.generate(prompts[0]).output_ids == expected[0]
-    server.flush()
+    check_nothing_is_left(server, node)
     assert server.generate(prompts[0]).output_ids == expected[0]
+
+
+def test_a_request_that_is_aborted_in_mid_load_leaves_nothing_behind(
+    server: Server, node: FaultyNode
+) -> None:
+    """Both where the load then lands and where it is lost."""
+    asked = prompt(500, 1500)
+    first = server.generate(asked)
+    server.generate_from_pool(asked, at_least=1488)
+    seen: set[bool] = set()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for attempt in range(40):
+            if len(seen) == 2:
+                break
+            loses = attempt % 2 == 1
+            server.flush()
+            before, sent = lost_loads(server), node.statistics().sent_bytes_total
+            reply = pool.submit(ask_for_abort, server, asked, rid=f"aborted {attempt}")
+            node.wait_for("sent_bytes_total", sent + 1)
+            node.freeze()
+            time.sleep(0.1)
+            loading = not reply.done()
+            server.post("/abort_request", rid=f"aborted {attempt}")
+            time.sleep(2 * DEADLINE_S if loses else 0.0)
+            node.thaw()
+            aborted = reply.result()
+            if loading and aborted and (lost_loads(server) > before) == loses:
+                seen.add(loses)
+            server.generate_from_pool(asked, at_least=1488)
+    assert seen == {True, False}, "no request was aborted in mid-load"
+    check_nothing_is_left(server, node)
+    assert server.generate_from_pool(asked, at_least=1488).output_ids == first.output_ids
+
+
+def ask_for_abort(server: Server, asked: list[int], rid: str) -> bool:
+    """Whether a long request was aborted."""
+    sampling = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
+    try:
+        reply = server.post("/generate", input_ids=asked, sampling_params=sampling, rid=rid)
+    except urllib.error.HTTPError:
+        return True
+    return reply["meta_info"]["finish_reason"]["type"] == "abort"  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_random_traffic_ends_with_nothing_leaked(server: Server, node: FaultyNode) -> None:
+    """Chunked prefill, mixed batches, hang-ups, aborts, broken blocks and a frozen node for a minute."""
+    prompts = [prompt(600 + number, 300 + 150 * number) for number in range(10)]
+    expected = [server.generate(each).output_ids for each in prompts]
+    over = threading.Event()
+
+    def ask(seed: int) -> list[bool]:
+        draw, equal = random.Random(seed), []
+        while not over.is_set():
+            number = draw.randrange(len(prompts))
+            if draw.random() < 0.3:
+                rid = f"soak {seed} {len(equal)}"
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    pool.submit(ask_for_abort, server, prompts[number], rid)
+                    time.sleep(draw.uniform(0, 0.3))
+                    server.post("/abort_request", rid=rid)
+            else:
+                equal.append(server.generate(prompts[number]).output_ids == expected[number])
+        return equal
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(ask, seed) for seed in range(5)]
+        hangups = pool.submit(hang_up_until, over, server, prompts)
+        try:
+            end, draw = time.monotonic() + 60, random.Random(7)
+            while time.monotonic() < end:
+                time.sleep(draw.uniform(0.2, 2.0))
+                if draw.random() < 0.5:
+                    node.spoil_blocks()
+                else:
+                    node.freeze()
+                    time.sleep(draw.uniform(0.05, 2 * DEADLINE_S))
+                    node.thaw()
+        finally:
+            over.set()
+        replies = [each.result() for each in asking]
+        assert all(all(equal) for equal in replies)
+        assert hangups.result() > 0
+    check_nothing_is_left(server, node)
 
 
 @pytest.mark.slow

@@ -51,9 +51,27 @@ class DirectEngine(Engine):
         assert self.cache.linker is not None
         return self.cache.linker.cache_linker
 
-    def request(self, tokens: list[int]) -> Req:
+    def request(self, tokens: list[int], extra_key: str | None = None, salt: str | None = None) -> Req:
         self._requests += 1
-        return Req(f"request {self._requests}", "", array("q", tokens), SamplingParams(max_new_tokens=1))
+        sampling = SamplingParams(max_new_tokens=1)
+        rid = f"request {self._requests}"
+        return Req(rid, "", array("q", tokens), sampling, extra_key=extra_key, cache_salt=salt)
+
+    def queued(self, tokens: list[int], extra_key: str | None = None, salt: str | None = None) -> Req:
+        """A request for whole pages that waited in the queue until the pool was heard of."""
+        # The last token is computed whatever is cached.
+        request = self.request([*tokens, 7], extra_key, salt)
+        self.look_up(request)
+        return request
+
+    def look_up(self, *waiting: Req) -> None:
+        """Scheduling passes until the pool was heard of for all."""
+        while self.cache.look_up(waiting):
+            pass
+
+    def match_of(self, request: Req) -> MatchPrefixParams:
+        key = self._key(list(request.origin_input_ids), None, None)
+        return MatchPrefixParams(key=key, req=request)
 
     def serve(
         self,
@@ -67,7 +85,7 @@ class DirectEngine(Engine):
 
         ``before_load`` is called between the lookup and the load.
         """
-        request = self.request(tokens)
+        request = self.queued(tokens, extra_key, salt)
         while True:
             key = self._key(tokens, extra_key, salt)
             found = self.cache.match_prefix(MatchPrefixParams(key=key, req=request))
@@ -96,6 +114,7 @@ class DirectEngine(Engine):
                 self.recomputed += 1
                 self.allocator.free(torch.cat([slots[l1:], new]))
                 self.cache.unlock(lock)
+                self.look_up(request)
                 continue
             assert self.holds(tokens[:ready], slots), "KV in L1 is not that of the prompt"
             slots = torch.cat([slots, new])
@@ -133,6 +152,7 @@ class DirectEngine(Engine):
     def check_integrity(self) -> None:
         """Nothing under way: every slot is in the tree or free, and nothing is locked."""
         self.settle()
+        assert not self.cache.look_up([]), "an empty queue waits for nothing"
         self.cache.sanity_check()
         linker = self.cache.linker
         assert not linker.inflight_load_rids

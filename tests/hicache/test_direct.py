@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from polarkv_sglang.config import PolarConfig
-from polarkv_sglang.hicache import loader
-from polarkv_sglang.hicache.staging import InPlace
+from polarkv_sglang.errors import TransportError
+from polarkv_sglang.hicache import groups, linker, lookups
+from polarkv_sglang.hicache.staging import Staged, Way
+from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.pool.blocks import Chain
+from polarkv_sglang.pool.client import PoolClient
 from tests.faults.nodes import FaultyNode
 from tests.hicache.direct_harness import DirectEngine, a_direct_engine
 from tests.radix.harness import LAYERS, an_engine, prompt
 
 DEADLINE_S = 0.5
+IN_PLACE = Way(True, False, "a test")
+STAGED = Way(False, False, "a test")
+ON_DEVICE = Way(False, True, "a test")  # which here is the CPU
 MODELS = [pytest.param(False, id="mha"), pytest.param(True, id="mla", marks=pytest.mark.slow)]
 
 
@@ -77,36 +86,55 @@ def test_engines_of_both_modes_read_what_the_other_wrote(node: FaultyNode, mla: 
         assert engine.serve(prompt(2, 256)) == (0, 0, 256)
 
 
+def choose(way: Way, patch: pytest.MonkeyPatch) -> None:
+    """Have linkers take a way that they would on a GPU."""
+    patch.setattr(linker, "choose_way", lambda pool, client: way)
+
+
+@pytest.mark.parametrize("way", [STAGED, ON_DEVICE], ids=["host", "device"])
 @pytest.mark.parametrize("mla", MODELS)
 def test_blocks_that_are_staged_are_those_that_are_moved_in_place(
-    node: FaultyNode, mla: bool, monkeypatch: pytest.MonkeyPatch
+    config: PolarConfig, node: FaultyNode, mla: bool, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with a_direct_engine(settings(node), mla=mla) as engine:
+    with a_direct_engine(config, mla=mla) as engine:
         engine.serve(prompt(1, 256))
         engine.settle()
-    monkeypatch.setattr(InPlace, "fits", staticmethod(lambda pool: False))  # as on a GPU
-    with a_direct_engine(settings(node), mla=mla) as engine:
+    choose(way, monkeypatch)
+    with a_direct_engine(config, mla=mla) as engine:
         assert engine.serve(prompt(1, 256)) == (0, 0, 256)
         engine.serve(prompt(2, 256))
         engine.forget()
-        assert engine.serve(prompt(2, 256)) == (0, 0, 256)
+        flip_a_byte(node, block=20)
+        assert engine.serve(prompt(2, 256)) == (0, 0, 64), "a wrong block was not noticed"
+        assert engine.recomputed == 1
 
 
-@pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
+def test_no_gpu_memory_is_registered_where_ucx_has_none(node: FaultyNode) -> None:
+    client = PoolClient((node.address,), ucx_tls="tcp", gpu_memory=True)
+    try:
+        assert client.no_gpu_memory is not None
+        assert "no CUDA memory" in client.no_gpu_memory
+        with pytest.raises(TransportError, match="no CUDA memory"):
+            client.register(1 << 40, 4096, cuda=True)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("way", [IN_PLACE, STAGED, ON_DEVICE], ids=["in place", "host", "device"])
 @pytest.mark.parametrize("mla", MODELS)
 def test_layers_arrive_one_after_another(
-    node: FaultyNode, mla: bool, staged: bool, monkeypatch: pytest.MonkeyPatch
+    config: PolarConfig, mla: bool, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "_GROUP_S", 0.0)  # groups of one layer
-    if staged:
-        monkeypatch.setattr(InPlace, "fits", staticmethod(lambda pool: False))
-    with a_direct_engine(settings(node), mla=mla) as engine:
+    monkeypatch.setattr(groups, "_LEAST_S", 0.0)  # groups of one layer
+    choose(way, monkeypatch)
+    with a_direct_engine(config, mla=mla) as engine:
         tokens = prompt(1, 256)
         engine.serve(tokens)
         engine.forget()
         for buffer in engine._buffers():
             buffer.fill_(-1.0)
         counter, states = engine.linker.layer_done_counter, []
+        ahead = way is IN_PLACE and config.ucx_tls is not None  # the node puts a layer while one is told of
         complete = counter.complete
 
         def watch(index: int, layer: int) -> None:
@@ -116,7 +144,10 @@ def test_layers_arrive_one_after_another(
 
         monkeypatch.setattr(counter, "complete", watch)
         assert engine.serve(tokens) == (0, 0, 256)
-        assert states == [[number <= layer for number in range(LAYERS)] for layer in range(LAYERS)]
+        assert len(states) == LAYERS
+        for layer, there in enumerate(states):
+            assert all(there[: layer + 1])
+            assert ahead or not any(there[layer + 1 :])
 
 
 def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_requests(
@@ -169,24 +200,158 @@ def test_what_is_lost_between_lookup_and_load_is_computed(
         engine.check_integrity()
 
 
-def test_blocks_that_are_evicted_between_lookup_and_load_are_computed() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "kept"),
+    [
+        pytest.param(256, True, id="kept"),
+        pytest.param(4800, False, id="more than a node keeps", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_lookup_found_stays_until_it_is_loaded(tokens: int, kept: bool) -> None:
     with (
         FaultyNode("16MiB").start() as node,
-        a_direct_engine(settings(node)) as engine,
+        a_direct_engine(settings(node), l1_tokens=5120) as engine,
         a_direct_engine(settings(node), l1_tokens=2048) as others,
     ):
-        engine.serve(prompt(1, 256))
+        engine.serve(prompt(1, tokens))
         engine.forget()
 
         def evict() -> None:
+            assert node.statistics().leases == kept
             for number in range(2, 12):
                 others.serve(prompt(number, 1024))
                 others.settle()
             assert node.statistics().evictions_total > 0
 
-        assert engine.serve(prompt(1, 256), before_load=evict) == (0, 0, 0)
-        assert engine.recomputed == 1
+        served = engine.serve(prompt(1, tokens), before_load=evict)
+        if kept:
+            assert served == (0, 0, tokens)
+        assert engine.recomputed == (0 if kept else 1)
         engine.check_integrity()
+        wait_for_no_lease(node)
+
+
+def wait_for_no_lease(node: FaultyNode) -> None:
+    node.wait_until(lambda now: now.leases == 0, "no lease is left")
+
+
+def test_a_request_in_the_queue_keeps_what_it_will_load_until_it_leaves(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "LEASE_S", 1.0)
+    monkeypatch.setattr(lookups, "_RENEW_S", 0.2)
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.serve(prompt(2, 256))
+        engine.forget()
+        # The last token is computed whatever is cached.
+        aborted, gone = (engine.request([*prompt(number, 256), 7]) for number in (1, 2))
+        engine.look_up(aborted, gone)
+        assert node.statistics().leases == 2
+        assert node.statistics().leased_bytes == node.statistics().used_bytes
+        # Longer than a lease, and never without a new lookup to make.
+        flood, end = engine.linker.lookups, time.monotonic() + 2.5
+        digest = engine.linker._names.digest()
+        assert digest is not None
+        while time.monotonic() < end:
+            while flood._work.qsize() < 100:
+                key = random.randbytes(16)
+                flood.begin(key.hex(), digest, [key.hex()], Chain([key], [NO_PARENT], [key]))
+            time.sleep(1e-3)
+        now = node.statistics()
+        assert (now.leases, now.expired_leases_total) == (2, 0)
+        engine.cache.release_aborted_request(aborted.cache_request_handle)
+        node.wait_until(lambda now: now.leases == 1, "the lease of the aborted request is released")
+        # Whatever else takes a request from the queue.
+        assert engine.cache.look_up([]) == []
+        wait_for_no_lease(node)
+
+
+def test_a_load_that_is_queued_and_cancelled_keeps_nothing(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        abort_queued(engine, prompt(1, 256))
+        wait_for_no_lease(node)
+        engine.check_integrity()
+
+
+def test_the_scheduler_does_not_wait_for_a_node_that_does_not_answer(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        node.freeze()
+        waiting = engine.request([*prompt(1, 256), 7])
+        assert engine.cache.look_up([waiting]) == [waiting], "the answer cannot have come"
+        passes = 1
+        while engine.cache.look_up([waiting]):
+            passes += 1
+        assert passes > 2
+        node.thaw()
+        assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 0
+
+
+def test_it_does_not_wait_either_for_requests_whose_prefix_in_l1_is_gone(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        prompts = [prompt(number, 256) for number in (1, 2)]
+        for tokens in prompts:
+            engine.serve(tokens)
+        engine.forget()
+        for tokens in prompts:
+            engine.serve(tokens[:128])
+        engine.settle()
+        waiting = [engine.request([*tokens, 7]) for tokens in prompts]
+        engine.look_up(*waiting)
+        engine.cache.evict_for_alloc(EvictParams(num_tokens=256))
+        node.freeze()
+        assert engine.cache.look_up(waiting) == []
+        for request in waiting:
+            assert engine.cache.match_prefix(engine.match_of(request)).host_hit_length == 0
+        asked = [engine.linker.lookups.find(request.rid) for request in waiting]
+        assert not any(each is None or each.done for each in asked), "it waited for the node"
+        node.thaw()
+
+
+def test_requests_that_wait_across_a_flush_are_looked_up_again(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        waiting = engine.queued(prompt(1, 256))
+        engine.forget()
+        assert engine.linker.lookups.find(waiting.rid) is None
+        engine.look_up(waiting)
+        assert engine.linker.lookups.find(waiting.rid) is not None
+        assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 256
+
+
+def test_a_load_of_other_pages_than_were_found_is_refused(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        hashes = [f"{number:064x}" for number in range(4)]
+        slots = torch.arange(4 * engine.cache.page_size)
+        for wrong in ([*hashes[:3], "f" * 64], [*hashes, "f" * 64]):
+            engine.linker.begin_lookup("a", hashes)
+            assert not engine.linker.load("a", [PoolTransfer(PoolName.KV, keys=wrong, device_indices=slots)])
+
+
+def test_a_gpu_whose_memory_ucx_refuses_is_staged_through_the_host(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(ON_DEVICE, monkeypatch)
+    register, refusals = PoolClient.register, ["the GPU's memory does not fit its BAR"]
+
+    def refuse(client: PoolClient, address: int, length: int, *, cuda: bool = False) -> None:
+        if refusals:
+            raise TransportError(refusals.pop())
+        register(client, address, length, cuda=cuda)
+
+    monkeypatch.setattr(PoolClient, "register", refuse)
+    with a_direct_engine(settings(node)) as engine:
+        for each in (engine.linker._loader._passage, engine.linker._out):
+            assert isinstance(each, Staged)
+            assert each._checksums is None, "that is for memory that the processor cannot read"
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        assert engine.serve(prompt(1, 256)) == (0, 0, 256)
 
 
 def flip_a_byte(node: FaultyNode, block: int) -> None:
@@ -213,17 +378,17 @@ def test_a_load_that_breaks_down_ends_and_its_pass_is_dropped(
     node: FaultyNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into slots that L1 does not have, which can be neither written nor zeroed."""
-    monkeypatch.setattr(InPlace, "fits", staticmethod(lambda pool: False))
+    choose(STAGED, monkeypatch)
     with a_direct_engine(settings(node)) as engine:
-        linker = engine.linker
+        loads = engine.linker
         hashes = [f"{number:064x}" for number in range(4)]
-        linker.lookup("a", [PoolTransfer(PoolName.KV, keys=hashes)])
+        loads.lookup("a", [PoolTransfer(PoolName.KV, keys=hashes)])
         beyond = torch.arange(10**6, 10**6 + 4 * engine.cache.page_size)
-        assert linker.load("a", [PoolTransfer(PoolName.KV, keys=hashes, device_indices=beyond)])
-        index = linker.start_layer_wise_loading()
-        landed = linker._started[index].landed.result(timeout=10)
+        assert loads.load("a", [PoolTransfer(PoolName.KV, keys=hashes, device_indices=beyond)])
+        index = loads.start_layer_wise_loading()
+        landed = loads._started[index].landed.result(timeout=10)
         assert landed == ({"a": False}, True)
-        linker.finish(index)
+        loads.finish(index)
         # The next ones are served.
         engine.serve(prompt(1, 256))
         engine.forget()
@@ -268,14 +433,14 @@ def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode) -> None:
         assert from_pool > 1000
         assert engine.recomputed > 0
         engine.check_integrity()
-        assert node.statistics().leases == 0
+        wait_for_no_lease(node)
 
 
 def abort_queued(engine: DirectEngine, tokens: list[int]) -> None:
     """A request that is found in the pool, has its load queued, and is aborted before its batch starts."""
     from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams
 
-    request = engine.request(tokens)
+    request = engine.queued(tokens)
     found = engine.cache.match_prefix(MatchPrefixParams(key=engine._key(tokens, None, None), req=request))
     request.last_node = found.last_device_node
     if found.host_hit_length:
