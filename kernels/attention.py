@@ -13,12 +13,13 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from polarkv_sglang.kernels.dispatch import require_device, require_rows, require_vector, uses_triton
+from polarkv_sglang.kernels.rows import take_rows
 
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 # Wider heads would not fit a GPU's shared memory with the tile sizes in use.
 _MAX_HEAD_DIM: Final = 256
-# Queries per call on a CPU: bounds the mask, which has a byte for each of them and each key.
-_CPU_QUERIES: Final = 512
+# Queries per call on a CPU: bounds the mask, and how many keys a query meets that it must not see.
+_CPU_QUERIES: Final = 256
 
 
 class SparseQueries(NamedTuple):
@@ -79,13 +80,15 @@ def sparse_query_attention_reference(
         total = int(queries.positions[first:last].max()) + 1
         slots = queries.slots[row, :total]
         # PyTorch's flash kernel wants keys and values of one width.
-        own_keys = pad(keys[slots], (0, max(0, -missing))).movedim(0, 1)
-        own_values = pad(values[slots], (0, max(0, missing))).movedim(0, 1)
+        own_keys = pad(take_rows(keys, slots), (0, max(0, -missing))).movedim(0, 1)
+        own_values = pad(take_rows(values, slots), (0, max(0, missing))).movedim(0, 1)
         for start in range(first, last, _CPU_QUERIES):
             end = min(start + _CPU_QUERIES, last)
             positions = queries.positions[start:end, None]
             visible = int(positions.max()) + 1
-            mask = torch.arange(visible, device=query.device) <= positions
+            hidden = torch.arange(visible, device=query.device) > positions
+            # As it is added to scores: of a bool mask the same is made, more slowly.
+            mask = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
             result = scaled_dot_product_attention(
                 pad(query[start:end], (0, max(0, -missing))).movedim(0, 1)[None],
                 own_keys[None, :, :visible],

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 import torch
 
 from polarkv_sglang.kernels.dispatch import require_device, require_rows, require_vector, uses_triton
+from polarkv_sglang.kernels.rows import put_rows, take_rows
 
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +33,28 @@ class Moves(NamedTuple):
     new_positions: torch.Tensor
 
 
-def rotate_keys(source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary: Rotary) -> None:
+class Turns(NamedTuple):
+    """What moves turn keys by, the same in all layers: for a CPU, to make them once. [tokens, 1, pairs]"""
+
+    cos: torch.Tensor  # float32
+    sin: torch.Tensor
+    still: torch.Tensor | None  # bool: where nothing turns; None: nowhere
+
+
+def turns_of(moves: Moves, rotary: Rotary) -> Turns:
+    """The turns of ``moves``. Angles are the model's own, each rounded to fp32, and subtracted."""
+    new, old = (
+        positions.float().outer(rotary.frequencies)
+        for positions in (moves.new_positions, moves.old_positions)
+    )
+    angle = (new - old).unsqueeze(1)
+    still = angle == 0
+    return Turns(angle.cos(), angle.sin(), still if bool(still.any()) else None)
+
+
+def rotate_keys(
+    source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary: Rotary, turns: Turns | None = None
+) -> None:
     """Write to ``target[moves.target_rows[i]]`` the key of ``source[moves.source_rows[i]]``, rotated.
 
     ``source`` and ``target`` are [rows, heads, dim] of one dtype (fp32, fp16, bf16), the last dimension
@@ -42,7 +64,8 @@ def rotate_keys(source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary
     A key rotated to its old position becomes the key rotated to the new one. Angles are ``position *
     frequency`` rounded to fp32, as models compute them, and subtracted: the exact angle of ``new - old``
     would differ from the model's by up to 0.01 at positions near 100,000. The rotation is in fp32 and rounds
-    once; equal positions copy bit by bit. Raises ValueError for operands that do not fit each other.
+    once; equal positions copy bit by bit. ``turns`` are the moves', where the caller has them; a GPU makes
+    its own. Raises ValueError for operands that do not fit each other.
     """
     _check(source, target, moves, rotary)
     if len(moves.source_rows) == 0:
@@ -52,31 +75,28 @@ def rotate_keys(source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary
 
         gpu.rotate_keys(source, target, moves, rotary)
     else:
-        rotate_keys_reference(source, target, moves, rotary)
+        rotate_keys_reference(source, target, moves, rotary, turns)
 
 
-def rotate_keys_reference(source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary: Rotary) -> None:
+def rotate_keys_reference(
+    source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary: Rotary, turns: Turns | None = None
+) -> None:
     """``rotate_keys`` in PyTorch."""
-    frequencies = rotary.frequencies
-    new, old = (
-        positions.float().outer(frequencies) for positions in (moves.new_positions, moves.old_positions)
-    )
-    angle = (new - old).unsqueeze(1)
-    cos, sin = angle.cos(), angle.sin()
-
-    keys = source[moves.source_rows]
+    cos, sin, still = turns_of(moves, rotary) if turns is None else turns
+    keys = take_rows(source, moves.source_rows)
     rotated = keys[..., rotary.first : rotary.first + rotary.dims]
     if rotary.interleaved:
         one, other = rotated[..., 0::2], rotated[..., 1::2]
     else:
         one, other = rotated.chunk(2, dim=-1)
     x, y = one.float(), other.float()
-    # Where nothing turns the bits stay: x * 1 - y * 0 would lose the sign of zero and spread infinities.
-    still = angle == 0
-    turned = torch.where(still, x, x * cos - y * sin), torch.where(still, y, y * cos + x * sin)
+    turned = x * cos - y * sin, y * cos + x * sin
+    if still is not None:
+        # Where nothing turns the bits stay: x * 1 - y * 0 would lose the sign of zero and spread infinities.
+        turned = torch.where(still, x, turned[0]), torch.where(still, y, turned[1])
     one.copy_(turned[0])
     other.copy_(turned[1])
-    target[moves.target_rows] = keys
+    put_rows(target, moves.target_rows, keys)
 
 
 def _check(source: torch.Tensor, target: torch.Tensor, moves: Moves, rotary: Rotary) -> None:

@@ -91,6 +91,8 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     blend_chunk_tokens: int = 32  # tokens that have to agree to be found
     blend_min_tokens: int = 256  # of a prompt that have to be reusable for it to be blended
     blend_index_tokens: int = 1 << 22  # cached prompts that are searched, in tokens of 8 bytes
+    # Bytes that KV of other engines arrives in from the pool; 0: only this engine's own is blended.
+    blend_arena_bytes: int = msgspec.field(default=1 << 28, name="blend_arena")
     # Whether a model has to have passed polarkv blend-check, and the folder where that left its verdict.
     blend_gate: BlendGate = "verdict"
     blend_verdicts: str | None = None  # none: polarkv/blend in the user's cache folder
@@ -120,6 +122,7 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _within("blend_chunk_tokens", self.blend_chunk_tokens, 8, 4096, "tokens")
         _within("blend_min_tokens", self.blend_min_tokens, 1, 1 << 30, "tokens")
         _within("blend_index_tokens", self.blend_index_tokens, 1 << 10, 1 << 30, "tokens")
+        _within("blend_arena", self.blend_arena_bytes, 0, 1 << 40, "bytes")
         parse_stages(self.blend_check_layer, self.blend_ratio, self.blend_stages)
         if self.token == "":
             raise ConfigError("token is empty; leave it out to run without one")
@@ -159,6 +162,7 @@ _HELP = {
     "blend_chunk_tokens": "Tokens that have to agree for text to be found again. Default: 32.",
     "blend_min_tokens": "Tokens of a prompt that have to be reusable for it to be blended. Default: 256.",
     "blend_index_tokens": "Cached prompts that are searched, in tokens of 8 bytes. Default: 4194304.",
+    "blend_arena": "Memory that KV for blending arrives in from the pool; 0: it does not. Default: 256MiB.",
     "blend_gate": "verdict: blend only a model that passed polarkv blend-check; none: any. Default: verdict.",
     "blend_verdicts": "Folder of verdicts. Default: polarkv/blend in the user's cache folder.",
     "ucx_library": "Path of libucp.so.0. Default: the system's (>= 1.17), else the wheel's.",
@@ -254,7 +258,7 @@ def _parse(setting: str, text: str, source: str) -> object:
         match setting:
             case "nodes":
                 return tuple(part.strip() for part in text.split(",") if part.strip())
-            case "capacity":
+            case "capacity" | "blend_arena":
                 return parse_bytes(text)
             case (
                 "stripe_pages"

@@ -72,6 +72,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(
         "blend_chunk_tokens": ("64", "64"),
         "blend_min_tokens": ("512", "512"),
         "blend_index_tokens": ("1048576", "1048576"),
+        "blend_arena": ("64MiB", '"64MiB"'),
         "blend_gate": ("none", '"none"'),
         "blend_verdicts": ("/etc/polarkv", '"/etc/polarkv"'),
         "ucx_library": ("/opt/ucx/libucp.so.0", '"/opt/ucx/libucp.so.0"'),

@@ -21,24 +21,34 @@ def blending_adder(base: type[PrefillAdder], blender: Blender) -> type[PrefillAd
     """
 
     class BlendingAdder(base):  # a class chosen at run time
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            blender.begin_pass()
+
         def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> AddReqResult:
             if any(blender.is_blended(other) for other in self.can_run_list):
                 return AddReqResult.OTHER
-            if not blender.plan(req):
-                return super().add_one_req(req, *args, **kwargs)
-            if self.can_run_list:
-                blender.release(req)
+            if blender.awaits_donors(req):
+                return AddReqResult.CONTINUE  # with the next one; this one keeps its place in the queue
+            if self.can_run_list and blender.may_blend(req):
                 return AddReqResult.OTHER
-            try:
-                result = super().add_one_req(req, *args, **kwargs)
+            if blender.plan(req):
+                try:
+                    result = super().add_one_req(req, *args, **kwargs)
+                except BaseException:
+                    blender.withdraw(req)
+                    raise
                 if req in self.can_run_list:
                     blender.admit(req)
                     return result
-            except BaseException:
-                blender.release(req)
-                raise
-            # Locked donors take room that a plain prefill may need.
-            blender.release(req)
-            return super().add_one_req(req, *args, **kwargs) if result is AddReqResult.NO_TOKEN else result
+                # Locked donors take room that a plain prefill may need.
+                blender.withdraw(req)
+                if result is not AddReqResult.NO_TOKEN:
+                    return result
+                blender.has_no_room(req)
+            result = super().add_one_req(req, *args, **kwargs)
+            if req in self.can_run_list:
+                blender.pass_by(req)
+            return result
 
     return BlendingAdder

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from polarkv_sglang.blend.donors import Gone, Held, hold, prefix_kept
+from polarkv_sglang.blend.donors import Gone, Held, held_end, hold, prefix_kept
 from polarkv_sglang.blend.forward import BlendPass, NotAsExpected, PassCounts
 from polarkv_sglang.blend.index import ChunkIndex, Match, Space
 from polarkv_sglang.blend.model import BlendModel
 from polarkv_sglang.blend.options import Refusal, Wish, wish_of
 from polarkv_sglang.blend.plan import Piece, Plan
+from polarkv_sglang.blend.search import Search
+from polarkv_sglang.blend.searches import Searches, beyond, gaps_left
 from polarkv_sglang.blend.select import Selection
+from polarkv_sglang.blend.shared import Landing, SharedDonors
 from polarkv_sglang.blend.stages import parse_stages, require_layers
 from polarkv_sglang.config import PolarConfig
 
@@ -27,14 +30,14 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 
+    from polarkv_sglang.config import BlendMode
     from polarkv_sglang.radix.cache import PolarRadixCache
     from polarkv_sglang.weights import WeightsIdentity
 
 logger = logging.getLogger(__name__)
 
-
-# Whether all ranks have the same number; a collective.
-Agreement = Callable[[int], bool]
+# Which of the numbers are the same on all ranks; a collective, for as many on each.
+Agreement = Callable[[Sequence[int]], list[bool]]
 
 
 class _Blended(NamedTuple):
@@ -44,6 +47,15 @@ class _Blended(NamedTuple):
     selection: Selection
     locks: list[TreeLock]  # of the donors' tree nodes
     weights: WeightsIdentity  # that the donors' KV is of
+    landing: Landing | None = None  # of donors from the pool
+    search: Search | None = None  # that found them; None once they are in L1
+
+
+class _Outlook(NamedTuple):
+    """Whether a request can be blended, by what was there when the tree was in a certain state."""
+
+    blends: bool
+    state: tuple[int, int]
 
 
 class Blender:
@@ -73,19 +85,36 @@ class Blender:
         require_layers(stages, len(model.layers))
         self._selection = Selection(stages, config.blend_metric, config.blend_strategy)
         self._alone = agree is None
-        self._agree = agree or (lambda _number: True)
+        self._agree_on = agree or (lambda numbers: [True] * len(numbers))
         self.index = ChunkIndex(config.blend_chunk_tokens, config.blend_index_tokens)
         self._blended: dict[str, _Blended] = {}  # by request id
         self._counts: weakref.WeakKeyDictionary[Req, PassCounts] = weakref.WeakKeyDictionary()
         self._requests: weakref.WeakValueDictionary[str, Req] = weakref.WeakValueDictionary()
         self._given_up = False
+        self._any_weights = True
+        self._checked: WeightsIdentity | None = None  # unless any weights may be blended
+        self.shared: SharedDonors | None = None  # None: donors of this engine only
+        self._searches: Searches | None = None
+        self.plans = 0  # that were made
+        self._outlooks: weakref.WeakKeyDictionary[Req, _Outlook] = weakref.WeakKeyDictionary()
+
+    def share(self, shared: SharedDonors) -> None:
+        """Use donors that are in the pool, and tell it of those that this engine puts there."""
+        self.shared = shared
+        self._searches = Searches(self._cache, self.index, shared, self._agree_on, self._least_tokens)
+
+    def only_for(self, checked: WeightsIdentity | None) -> None:
+        """Blend under these weights and, after an update, no others; None: under none."""
+        self._any_weights, self._checked = False, checked
 
     # What the radix tree tells
 
     def learn(self, key: RadixKey) -> None:
         """A prompt's exact KV has entered the tree."""
         try:
-            self.index.add(key.raw_token_ids(), Space(key.extra_key, key.cache_salt))
+            donor = self.index.add(key.raw_token_ids(), Space(key.extra_key, key.cache_salt))
+            if donor is not None and self.shared is not None:
+                self.shared.learn(donor.tokens, donor.space)
         except Exception:  # a chunk that is not known is computed
             logger.exception("PolarKV: a prompt could not be indexed for CacheBlend")
 
@@ -94,27 +123,63 @@ class Blender:
         self.index.clear()
 
     def release(self, request: Req) -> None:
-        """The request's prompt is computed, or it is leaving: let go of its donors."""
+        """The request's prompt is computed, or it is leaving: let go of its donors, and of what was found."""
+        self.withdraw(request)
+        if self._searches is not None:
+            self._searches.drop(request)
+
+    def withdraw(self, request: Req) -> None:
+        """The request has no plan any more, but can have another: let go of its donors."""
         blended = self._blended.pop(request.rid, None)
-        self._unlock(blended.locks if blended is not None else ())
+        if blended is not None:
+            self._let_go(blended.locks, blended.landing)
 
     # Admission
+
+    def begin_pass(self) -> None:
+        """Requests are about to be chosen for a batch. With several ranks a collective, while some wait."""
+        if self._searches is not None:
+            self._searches.settle()
 
     def is_blended(self, request: Req) -> bool:
         """Whether the request was admitted with a plan and its prompt is not computed yet."""
         return request.rid in self._blended
 
+    def awaits_donors(self, request: Req) -> bool:
+        """Whether donors of the request are on their way from the pool, so that it is too early to plan."""
+        if self._searches is None or self._given_up or self._weights() is None:
+            return False
+        wish = _wish(request, self._mode)
+        return isinstance(wish, Wish) and self._searches.awaits(request, wish)
+
+    def may_blend(self, request: Req) -> bool:
+        """Whether there was a plan for the request, or can be one: made once while it waits behind others."""
+        outlook = self._outlooks.get(request)
+        if outlook is not None and (outlook.blends or outlook.state == self._state()):
+            return outlook.blends
+        wish = _wish(request, self._mode)
+        if not isinstance(wish, Wish) or self._given_up:
+            return False
+        state, enough = self._state(), False
+        try:
+            enough = self._reusable(request, wish) >= self._least_tokens
+        except Exception:  # all ranks agree below that it cannot
+            logger.exception("PolarKV: a prompt's donors could not be counted; it is computed in full")
+        enough = self._agree(int(enough)) and enough
+        self._outlooks[request] = _Outlook(enough, state)
+        return enough
+
     def plan(self, request: Req) -> bool:
         """Whether the request can be blended now; its donors are then locked until ``release``."""
-        wish: Wish | Refusal | None
-        try:
-            wish = wish_of(request, self._mode)
-        except (AttributeError, TypeError, ValueError) as error:  # on all ranks alike
-            wish = Refusal(f"what it wants could not be told ({type(error).__name__})")
+        wish = _wish(request, self._mode)
         if isinstance(wish, Refusal):
             _log_refusal(wish.reason)
         if not isinstance(wish, Wish) or self._given_up:
             return False
+        state, outlook = self._state(), self._outlooks.get(request)
+        if outlook is not None and not outlook.blends and outlook.state == state:
+            return False
+        self.plans += 1
         found, digest = None, 0
         try:
             found = self._plan(request, wish)
@@ -123,13 +188,23 @@ class Blender:
             logger.exception("PolarKV: no plan could be made; the prompt is computed in full")
         # Every rank comes here for the same requests: a wish depends on nothing else.
         agreed = self._agree(digest)
+        self._outlooks[request] = _Outlook(found is not None and agreed, state)
         if found is None:
             return False
         self._blended[request.rid] = found
         if not agreed:
             logger.warning("PolarKV: ranks have different plans for a prompt; it is computed in full")
-            self.release(request)
+            self.withdraw(request)
         return agreed
+
+    def has_no_room(self, request: Req) -> None:
+        """Its donors and the request do not fit together, as things are."""
+        self._outlooks[request] = _Outlook(blends=False, state=self._state())
+
+    def pass_by(self, request: Req) -> None:
+        """A request is in the next batch without a plan: what was found for it is not needed."""
+        if self._searches is not None:
+            self._searches.drop(request)
 
     def admit(self, request: Req) -> None:
         """A request with a plan is in the next batch: from here on its KV is its own."""
@@ -140,18 +215,32 @@ class Blender:
         """Tokens of the request's prompt that were blended and, though cached, recomputed."""
         return self._counts.get(request, PassCounts(0, 0))
 
-    def _plan(self, request: Req, wish: Wish) -> _Blended | None:
+    def _agree(self, number: int) -> bool:
+        """Whether all ranks have the same number. A collective."""
+        return self._agree_on([number])[0]
+
+    def _weights(self) -> WeightsIdentity | None:
+        """The weights in memory, if the tree holds their KV alone and they may be blended."""
         weights = self._cache.runtime.weights.current
-        if weights is None:  # what the tree holds may be of others
+        return weights if self._any_weights or weights == self._checked else None
+
+    def _state(self) -> tuple[int, int]:
+        """What plans depend on; the same on all ranks."""
+        free = self._cache.token_to_kv_pool_allocator.available_size() + self._cache.full_evictable_size()
+        return self._cache.inserts, int(free)
+
+    def _plan(self, request: Req, wish: Wish) -> _Blended | None:
+        weights = self._weights()
+        if weights is None:
             return None
-        tokens = request.full_untruncated_fill_ids
-        space = Space(request.extra_key, request.cache_salt)
-        known = request.prefix_len + request.host_hit_length
-        matches = list(self.index.find(tokens, space, known))
-        if sum(match.end - match.start for match in matches) < self._least_tokens:
+        matches, search = self._found(request, weights)
+        arrived = search.found if search is not None else []
+        found = [(each.start, each.end) for each in matches] + [(each.start, each.end) for each in arrived]
+        if sum(end - start for start, end in found) < self._least_tokens:
             return None
         pieces: list[Piece] = []
         locks: list[TreeLock] = []
+        landing: Landing | None = None
         try:
             with prefix_kept(self._cache, request):
                 for match in matches:
@@ -161,15 +250,40 @@ class Blender:
                         pieces += _pieces(match, held.slots, wish.spans)
                     elif isinstance(held, Gone):
                         self.index.remove(match.donor)
+                if arrived and self.shared is not None:
+                    here = [(piece.start, piece.end) for piece in pieces]
+                    gaps = gaps_left(request, here, wish)
+                    landed, landing = self.shared.land(arrived, gaps, self._room(request))
+                    pieces = sorted([*pieces, *landed], key=lambda piece: piece.start)
             plan = Plan(pieces)
         except BaseException:
-            self._unlock(locks)
+            self._let_go(locks, landing)
             raise
         if plan.tokens < self._least_tokens:
-            self._unlock(locks)
+            self._let_go(locks, landing)
             return None
         selection = self._selection if wish.ratio is None else self._selection.with_ratio(wish.ratio)
-        return _Blended(plan, selection, locks, weights)
+        return _Blended(plan, selection, locks, weights, landing, search if landing is not None else None)
+
+    def _found(self, request: Req, weights: WeightsIdentity) -> tuple[list[Match], Search | None]:
+        """Text of the prompt that is known here, and what of it has come from the pool."""
+        matches = list(self.index.find(request.full_untruncated_fill_ids, *beyond(request)))
+        return matches, self._searches.over(request, weights) if self._searches is not None else None
+
+    def _reusable(self, request: Req, wish: Wish) -> int:
+        """How many tokens a plan would be of, about; brings nothing to L1, and nothing out of it."""
+        weights = self._weights()
+        if weights is None:
+            return 0
+        matches, search = self._found(request, weights)
+        room = self._room(request)
+        here = [(match.start, held_end(self._cache, match, room)) for match in matches]
+        everything = ((0, len(request.full_untruncated_fill_ids)),)
+        spans = everything if wish.spans is None else wish.spans
+        count = sum(max(0, min(end, stop) - max(start, one)) for start, end in here for one, stop in spans)
+        if search is not None and self.shared is not None:
+            count += self.shared.tokens(search.found, gaps_left(request, here, wish), room)
+        return count
 
     def _room(self, request: Req) -> int:
         """Tokens that can be brought to L1 beside what the request needs there itself."""
@@ -178,9 +292,11 @@ class Blender:
         free = self._cache.token_to_kv_pool_allocator.available_size() + self._cache.full_evictable_size()
         return max(0, int(free - needed))
 
-    def _unlock(self, locks: Iterable[TreeLock]) -> None:
+    def _let_go(self, locks: Iterable[TreeLock], landing: Landing | None) -> None:
         for lock in locks:
             self._cache.unlock(lock)
+        if landing is not None and self.shared is not None:
+            self.shared.leave(landing)
 
     def see_batch(self, requests: Iterable[Req]) -> bool:
         """Whether a computed batch was of a blended request; lets go of donors that are no longer needed."""
@@ -237,6 +353,10 @@ class Blender:
         try:
             if self._cache.runtime.weights.current != blended.weights:
                 return None  # they changed between two passes of a prompt
+            if blended.search is not None and blended.landing is not None and self.shared is not None:
+                self.shared.enter(blended.landing)
+                blended.search.close()
+                self._blended[batch.rids[0]] = blended._replace(search=None)
             first = int(batch.extend_prefix_lens_cpu[0])
             cached = blended.plan.rows(first, first + int(batch.extend_seq_lens_cpu[0]))
             return BlendPass(self._model, runner, batch, cached, blended.selection) if len(cached) else None
@@ -253,6 +373,13 @@ def _pieces(match: Match, slots: torch.Tensor, spans: tuple[tuple[int, int], ...
         start, stop = max(one, match.start), min(other, end)
         if start < stop:
             yield Piece(start, start + shift, slots[start + shift : stop + shift])
+
+
+def _wish(request: Req, mode: BlendMode) -> Wish | Refusal | None:
+    try:
+        return wish_of(request, mode)
+    except (AttributeError, TypeError, ValueError) as error:  # on all ranks alike
+        return Refusal(f"what it wants could not be told ({type(error).__name__})")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,21 +44,23 @@ def prefix_kept(cache: UnifiedRadixCache, request: Req) -> Iterator[None]:
         cache.unlock(lock)
 
 
+def held_end(cache: UnifiedRadixCache, match: Match, room: float = math.inf) -> int:
+    """Up to which token of the prompt a match's KV is in L1, or in L2 with at most ``room`` tokens.
+
+    Its start if not at all.
+    """
+    found = cache.match_prefix(MatchPrefixParams(key=_key(cache, match)))
+    here = found.device_prefix_len + (found.host_hit_length if found.host_hit_length <= room else 0)
+    return int(max(match.start, min(match.end, match.start + here - match.donor_start)))
+
+
 def hold(cache: UnifiedRadixCache, match: Match, room: int) -> Held | Gone | None:
     """Lock a match's donor in L1, as far as the tree has it; None if that is not as far as the match.
 
     What is in L2 alone is loaded, if it has at most ``room`` tokens; it arrives layer by layer while the
     next batch is computed, as SGLang's own loads do, and reading a layer waits for it.
     """
-    donor = match.donor
-    page = cache.page_size
-    key = RadixKey(
-        array("q", donor.tokens.tobytes()),
-        donor.space.extra_key,
-        # The tree knows whole pages; the last one of a match goes on with the donor's own text.
-        limit=min(len(donor.tokens), -(-match.donor_end // page) * page),
-        cache_salt=donor.space.cache_salt,
-    )
+    key = _key(cache, match)
     found = cache.match_prefix(MatchPrefixParams(key=key))
     if found.device_prefix_len + found.host_hit_length <= match.donor_start:
         return Gone()
@@ -70,3 +73,16 @@ def hold(cache: UnifiedRadixCache, match: Match, room: int) -> Held | Gone | Non
         return None
     slots = cache.path_device_indices(found.last_device_node)[: found.device_prefix_len]
     return Held(slots[: match.donor_end].to(torch.int64), lock)
+
+
+def _key(cache: UnifiedRadixCache, match: Match) -> RadixKey:
+    """A match's donor, as the tree knows it."""
+    donor = match.donor
+    page = cache.page_size
+    return RadixKey(
+        array("q", donor.tokens.tobytes()),
+        donor.space.extra_key,
+        # The tree knows whole pages; the last one of a match goes on with the donor's own text.
+        limit=min(len(donor.tokens), -(-match.donor_end // page) * page),
+        cache_salt=donor.space.cache_salt,
+    )

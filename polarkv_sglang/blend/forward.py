@@ -12,12 +12,13 @@ import torch
 
 from polarkv_sglang.blend.model import BlendModel
 from polarkv_sglang.blend.plan import PassRows
-from polarkv_sglang.blend.select import Selection, choose_by_deviation, choose_first, chosen_rows
+from polarkv_sglang.blend.select import Selection, choose_first, choose_together, chosen_rows
 from polarkv_sglang.blend.stages import Stage
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.kernels.attention import SparseQueries, sparse_query_attention
-from polarkv_sglang.kernels.deviation import Rows, deviation_of_sums, deviation_sums
-from polarkv_sglang.kernels.rotate import Moves, rotate_keys
+from polarkv_sglang.kernels.deviation import Rows, deviation_sums
+from polarkv_sglang.kernels.rotate import Moves, Turns, rotate_keys, turns_of
+from polarkv_sglang.kernels.rows import put_rows, take_rows
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -84,7 +85,9 @@ class BlendPass:
         self._cached = cached.to(device)
         self._rows = torch.arange(self._count, device=device)  # that are computed now, ascending
         self._kept = torch.arange(len(cached), device=device)  # which cached ones, by index, are among them
-        self._left: Moves | None = None  # where the KV of the others comes from, once there are others
+        # Where the KV of the others comes from, once there are others, and on a CPU how it is turned.
+        self._left: Moves | None = None
+        self._turns: Turns | None = None
         self._uncached = _without(self._count, cached.rows).to(device)
         self._queries: SparseQueries | None = None  # None: all rows, by SGLang's own attention
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -179,14 +182,16 @@ class BlendPass:
         # What is computed here is better than what is cached, also of rows that end here.
         key_pool, value_pool = self._pool.get_kv_buffer(number)
         self._reuse(key_pool, value_pool)
-        key_pool[self._slots[self._rows]] = keys
-        value_pool[self._slots[self._rows]] = values
+        own = self._slots[self._rows]
+        put_rows(key_pool, own, keys)
+        put_rows(value_pool, own, values)
         rows = torch.cat([self._uncached, self._cached.rows[chosen]]).sort().values
         at = torch.searchsorted(self._rows, rows)
         self._kept = chosen
         left = _without_indices(len(self._cached), chosen)
         places, slots, old, new, _ = (vector[left] for vector in self._cached)
         self._left = Moves(slots, self._slots[places], old, new)
+        self._turns = turns_of(self._left, self._model.rotary) if slots.device.type == "cpu" else None
         self._rows = rows
         self._queries = SparseQueries(
             positions=rows + self._first,
@@ -206,13 +211,9 @@ class BlendPass:
             return self._kept
         if self._selection.strategy == "first":
             return self._kept[choose_first(self._cached.offsets[self._kept], count)]
-        group = get_parallel().tp_group
         among = torch.searchsorted(self._rows, self._cached.rows[self._kept])
         sums = self._deviations(number, keys[among], values[among])
-        if group.world_size > 1:
-            sums = group.all_reduce(sums)
-        chosen = self._kept[choose_by_deviation(deviation_of_sums(sums), count)]
-        return group.broadcast(chosen, src=0) if group.world_size > 1 else chosen
+        return self._kept[choose_together(sums, count, get_parallel().tp_group)]
 
     def _deviations(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """How far the kept rows' KV is from the cached one, as ``deviation_sums`` of this rank's heads."""
@@ -253,8 +254,8 @@ class BlendPass:
         assert self._queries is not None
         key_pool, value_pool = self._pool.get_kv_buffer(number)
         own = self._slots[self._rows]
-        key_pool[own] = keys
-        value_pool[own] = values
+        put_rows(key_pool, own, keys)
+        put_rows(value_pool, own, values)
         if number not in self._stages:
             self._reuse(key_pool, value_pool)
         out = sparse_query_attention(
@@ -270,8 +271,8 @@ class BlendPass:
         """Copy the cached KV of the rows that are not computed to the request's slots, its keys rotated."""
         if self._left is None:
             return
-        rotate_keys(key_pool, key_pool, self._left, self._model.rotary)
-        value_pool[self._left.target_rows] = value_pool[self._left.source_rows]
+        rotate_keys(key_pool, key_pool, self._left, self._model.rotary, self._turns)
+        put_rows(value_pool, self._left.target_rows, take_rows(value_pool, self._left.source_rows))
 
 
 def _without(count: int, rows: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from polarkv_sglang.blend.rolling import RollingHash, Tokens
 
@@ -83,20 +82,20 @@ class ChunkIndex:
         self._donors.clear()
         self._tokens = 0
 
-    def add(self, tokens: Sequence[int] | Tokens, space: Space) -> None:
-        """Remember a prompt whose KV is exact and in the radix tree.
+    def add(self, tokens: Sequence[int] | Tokens, space: Space) -> Donor | None:
+        """Remember a prompt whose KV is exact and in the radix tree; None if nothing of it is new.
 
         Without effect if it is shorter than a chunk, or has more tokens than the index may hold.
         """
         content = np.array(tokens, np.int64)
         whole = len(content) // self.chunk_tokens * self.chunk_tokens
         if not whole or len(content) > self._capacity_tokens:
-            return
+            return None
         hashes = self._rolling.hashes(content)[:: self.chunk_tokens].tolist()
         offsets = dict(zip(hashes, range(0, whole, self.chunk_tokens)))
         blocks = self._blocks.setdefault(space, {})
         if self._is_known(content, hashes[-1], blocks):
-            return
+            return None
         donor = Donor(space, content, offsets)
         self._donors[donor] = None
         self._tokens += len(content)
@@ -105,6 +104,7 @@ class ChunkIndex:
             blocks[digest] = (donor, offset)
         while self._tokens > self._capacity_tokens:
             self.remove(next(iter(self._donors)))
+        return donor
 
     def remove(self, donor: Donor) -> None:
         """Forget a donor, such as one whose KV is gone."""
@@ -138,10 +138,10 @@ class ChunkIndex:
         self, content: Tokens, offset: int, donor: Donor, donor_offset: int, least: int
     ) -> Match | None:
         """The longest match around a block, not before ``least``; None if only the hashes agree."""
-        ahead = _agreeing(content[offset:], donor.tokens[donor_offset:])
+        ahead = agreeing(content[offset:], donor.tokens[donor_offset:])
         if ahead < self.chunk_tokens:
             return None
-        behind = _agreeing(content[least:offset][::-1], donor.tokens[:donor_offset][::-1])
+        behind = agreeing(content[least:offset][::-1], donor.tokens[:donor_offset][::-1])
         return Match(offset - behind, offset + ahead, donor, donor_offset - behind)
 
     def _is_known(self, content: Tokens, last: int, blocks: dict[int, tuple[Donor, int]]) -> bool:
@@ -167,7 +167,7 @@ class ChunkIndex:
         self._tokens -= len(donor.tokens)
 
 
-def _agreeing(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:
+def agreeing(one: Tokens, other: Tokens) -> int:
     """How many leading tokens are equal."""
     length = min(len(one), len(other))
     unequal = one[:length] != other[:length]

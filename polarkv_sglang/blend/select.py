@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from polarkv_sglang.blend.stages import Metric, Stage, Strategy
+from polarkv_sglang.kernels.deviation import deviation_of_sums
+
+if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
 
 
 class Selection(NamedTuple):
@@ -33,6 +37,19 @@ def chosen_rows(cached_rows: int, ratio: float) -> int:
 def choose_by_deviation(deviation: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the ``count`` largest, ascending; int64."""
     return deviation.topk(count).indices.sort().values
+
+
+def choose_together(sums: torch.Tensor, count: int, group: GroupCoordinator) -> torch.Tensor:
+    """The choice of a tensor-parallel group, each of whose ranks has the ``deviation_sums`` of its own heads.
+
+    The same on every rank: shares are added up, and where ranks should round otherwise, the first one's
+    choice is everybody's. A collective.
+    """
+    if group.world_size == 1:
+        return choose_by_deviation(deviation_of_sums(sums), count)
+    chosen = choose_by_deviation(deviation_of_sums(group.all_reduce(sums)), count)
+    first: torch.Tensor = group.broadcast(chosen, src=0)
+    return first
 
 
 def choose_first(offsets: torch.Tensor, count: int) -> torch.Tensor:

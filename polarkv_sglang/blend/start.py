@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,9 @@ from polarkv_sglang import compat
 from polarkv_sglang.blend.adder import blending_adder
 from polarkv_sglang.blend.blender import Blender
 from polarkv_sglang.blend.model import Unsupported, inspect_model
-from polarkv_sglang.blend.verdict import missing_verdict, verdict_path, verdicts_folder
+from polarkv_sglang.blend.shared import SharedDonors
+from polarkv_sglang.blend.verdict import UnknownWeights, missing_verdict, verdict_path, verdicts_folder
+from polarkv_sglang.hicache.device_pools import device_pool
 from polarkv_sglang.radix.cache import PolarRadixCache
 
 if TYPE_CHECKING:
@@ -53,6 +55,11 @@ def start_blending(cache: PolarRadixCache, runner: ModelRunner) -> None:
         return
     agree = functools.partial(_agree, cache) if get_parallel().tp_group.world_size > 1 else None
     blender = Blender(cache, model, cache.runtime.config, agree)
+    if cache.runtime.config.blend_gate != "none":
+        blender.only_for(cache.runtime.weights.current)
+    shared = _shared_donors(cache, runner)
+    if shared is not None:
+        blender.share(shared)
     cache.blender = blender
     _blended = runner, blender
     hooks: dict[str, Callable[..., object]] = {
@@ -66,22 +73,50 @@ def start_blending(cache: PolarRadixCache, runner: ModelRunner) -> None:
     logger.info("PolarKV: CacheBlend is on (%s)", cache.runtime.config.blend)
 
 
+def _shared_donors(cache: PolarRadixCache, runner: ModelRunner) -> SharedDonors | None:
+    """What makes donors of the pool's blocks; None if they are not wanted or do not fit L1."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from polarkv_sglang.hicache.storage import PolarStorage
+
+    controller, weights = cache.cache_controller, cache.runtime.weights.current
+    storage = controller.storage_backend if controller is not None else None
+    if not cache.runtime.config.blend_arena_bytes or not isinstance(storage, PolarStorage) or weights is None:
+        return None
+    names = storage.names()
+    space = names.namespace(weights)
+    pool = device_pool(runner.token_to_kv_pool, cache.page_size)
+    if (space.block_layout, space.block_bytes) != (pool.layout, pool.paged.block_bytes):
+        logger.warning(
+            "PolarKV: L2 keeps pages as %s; donors in the pool are not blended", space.block_layout
+        )
+        return None
+    return SharedDonors(cache, names, pool, writes=get_parallel().tp_group.rank_in_group == 0)
+
+
 def _unchecked(cache: PolarRadixCache, runner: ModelRunner) -> str | None:
     """Why the model may not be blended yet; None if it may. With several ranks a collective."""
     config = cache.runtime.config
     if config.blend_gate == "none":
         return None
-    reason = missing_verdict(verdict_path(verdicts_folder(config.blend_verdicts), runner))
+    try:
+        reason = missing_verdict(verdict_path(verdicts_folder(config.blend_verdicts), runner))
+    except UnknownWeights as error:
+        reason = str(error)
+    except Exception:  # the other ranks wait for an answer
+        logger.exception("PolarKV: a model's verdict could not be looked for")
+        reason = "its verdict could not be looked for"
     # Hosts may have different folders.
     passed = torch.tensor([int(reason is None)])
     cache._all_reduce(passed, torch.distributed.ReduceOp.MIN)
     return reason or (None if bool(passed) else "the verdict is not on every host")
 
 
-def _agree(cache: PolarRadixCache, number: int) -> bool:
-    bounds = torch.tensor([number, -number], dtype=torch.int64)
+def _agree(cache: PolarRadixCache, numbers: Sequence[int]) -> list[bool]:
+    bounds = torch.tensor([numbers, [-number for number in numbers]], dtype=torch.int64)
     cache._all_reduce(bounds, torch.distributed.ReduceOp.MIN)
-    return int(bounds[0]) == -int(bounds[1])
+    least, most = bounds
+    return [bool(equal) for equal in least == -most]
 
 
 def _choose_adder(adder: type[PrefillAdder], scheduler: Scheduler) -> type[PrefillAdder]:

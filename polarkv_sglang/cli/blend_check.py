@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polarkv_sglang.errors import ConfigError
@@ -33,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--strategy", choices=("deviation", "first"), default="deviation", help="As --polarkv-blend-strategy."
     )
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="Draw what was measured, as a PNG.")
     parser.add_argument("--verdicts", metavar="DIR", help="As --polarkv-blend-verdicts.")
     return parser
 
@@ -45,16 +47,20 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.tokens < 400 or args.prompts < 1:
         raise ConfigError(f"{args.prompts} prompts of {args.tokens} tokens; at least 1 of 400 are needed")
+    if args.plot is not None:
+        _require_plot(args.plot)
     import sglang
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     from polarkv_sglang.blend.check import RATIOS, batteries, compare, judge
+    from polarkv_sglang.blend.curve import draw
     from polarkv_sglang.blend.offline import OfflineModel
     from polarkv_sglang.blend.select import Selection
     from polarkv_sglang.blend.stages import Stage, require_layers
     from polarkv_sglang.blend.verdict import Verdict, verdict_path, verdicts_folder, write_verdict
 
     model = OfflineModel(args.model, max_tokens=4 * args.tokens + 256, dtype=args.dtype)
+    path = verdict_path(verdicts_folder(args.verdicts), model.runner)
     tokenizer = get_tokenizer(args.model)
     require_layers((Stage(args.check_layer, RATIOS[-1]),), len(model.model.layers))
     selection = Selection((Stage(args.check_layer, RATIOS[-1]),), args.metric, args.strategy)
@@ -65,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     reasons = judge(model.runner.dtype, RATIOS, found)
     rows = [_summary(ratio, [each[at] for each in found]) for at, ratio in enumerate(RATIOS)]
     _show(rows, as_json=args.json)
-    path = verdict_path(verdicts_folder(args.verdicts), model.runner)
+    if args.plot is not None:
+        draw(rows, args.plot, f"CacheBlend on {Path(args.model).name}, prompts of {args.tokens:,} tokens")
     write_verdict(
         path,
         Verdict(
@@ -75,6 +82,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print("\n".join(reasons) or "passed", f"verdict: {path}", sep="\n")
     return 1 if reasons else 0
+
+
+def _require_plot(path: Path) -> None:
+    """Say what is missing before the minutes that the check takes, not after them."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"--plot needs matplotlib: pip install 'polarkv-sglang[examples]', or leave it out ({error})"
+        ) from error
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.parent}; make it or name another")
 
 
 def _summary(ratio: float, found: list[Compared]) -> dict[str, float]:

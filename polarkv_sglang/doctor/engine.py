@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from polarkv_sglang.compat import BUILT_FOR, DIRECT_SURFACES, ENGINE_SURFACES, LAUNCH_SURFACES
+from polarkv_sglang.compat import ALL_SURFACES, BUILT_FOR
 from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.doctor.findings import Facts, Finding, one_line
 from polarkv_sglang.doctor.surfaces import not_seen
@@ -21,10 +21,10 @@ from polarkv_sglang.errors import ConfigError
 _IMPORT_DEADLINE_S = 300.0
 _IMPORT = """
 import sys
-from polarkv_sglang.compat import DIRECT_SURFACES, ENGINE_SURFACES, LAUNCH_SURFACES, check_surfaces
+from polarkv_sglang.compat import ALL_SURFACES, check_surfaces
 from polarkv_sglang.errors import IncompatibleSGLang
 try:
-    check_surfaces([*LAUNCH_SURFACES, *ENGINE_SURFACES, *DIRECT_SURFACES])
+    check_surfaces(ALL_SURFACES)
 except IncompatibleSGLang as error:
     print(error)
     sys.exit(3)
@@ -66,11 +66,10 @@ def check_sglang(facts: Facts) -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         version = "of an unknown version"
     details = {"version": version, "built_for": BUILT_FOR}
-    surfaces = [*LAUNCH_SURFACES, *ENGINE_SURFACES, *DIRECT_SURFACES]
     built_for = "" if version == BUILT_FOR else f" (PolarKV was built for {BUILT_FOR})"
-    unseen = not_seen(surfaces)
+    unseen = not_seen(ALL_SURFACES)
     if not unseen:
-        text = f"SGLang {version}{built_for}: all {len(surfaces)} surfaces are in its source"
+        text = f"SGLang {version}{built_for}: all {len(ALL_SURFACES)} surfaces are in its source"
         yield Finding("sglang", "ok", text, details=details)
         return
     started = time.monotonic()
@@ -83,7 +82,7 @@ def check_sglang(facts: Facts) -> Iterator[Finding]:
     )
     how = f"(imported with torch to see, {time.monotonic() - started:.0f} s)"
     if done.returncode == 0:
-        text = f"SGLang {version}{built_for}: all {len(surfaces)} surfaces are there {how}"
+        text = f"SGLang {version}{built_for}: all {len(ALL_SURFACES)} surfaces are there {how}"
         yield Finding("sglang", "ok", text, details=details)
     elif done.returncode == _INCOMPATIBLE:
         text = done.stdout.strip().splitlines()[-1].partition("; ")[0]

@@ -1,53 +1,38 @@
-"""What a blended pass and its scheduler promise, on real models; run by test_passes.py in its own process."""
+"""What a blended pass promises, on real models; run by test_passes.py in a process of its own."""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 
-import msgspec
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.managers.schedule_policy import AddReqResult
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
-from sglang.srt.mem_cache.common import release_kv_cache
-from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from examples.common import tiny_models
 from polarkv_sglang.blend import forward
-from polarkv_sglang.blend.blender import _log_refusal
-from polarkv_sglang.blend.check import Compared, judge
-from polarkv_sglang.blend.model import _OFF, Unsupported, inspect_model
-from polarkv_sglang.blend.offline import OfflineModel, Prefilled
+from polarkv_sglang.blend.offline import OfflineModel
 from polarkv_sglang.blend.plan import Plan
-from polarkv_sglang.blend.select import Selection
 from polarkv_sglang.blend.stages import Stage
-from polarkv_sglang.blend.start import start_blending
-from polarkv_sglang.cli import main
-from polarkv_sglang.config import PolarConfig
-from tests.blend.scheduler import Scheduler
+from tests.blend.fixtures import (
+    ASKED,
+    RATIOS,
+    REUSED,
+    SEEN,
+    TAIL,
+    by,
+    load,
+    plan_of,
+    relative,
+)
 from tests.engine.servers import prompt
 
 ARCHITECTURES = ("llama", "qwen3", "glm4_moe")
-RATIOS = (0.0, 0.05, 0.15, 0.3, 1.0)
-TAIL = 20
-HEAD, ONE, TWO, QUESTION = prompt(3, 37), prompt(1, 300), prompt(2, 250), prompt(4, TAIL)
-SEEN = HEAD + ONE + TWO
-# The documents in the other order, each at another place, neither whole nor on a page's or chunk's border.
-ASKED = HEAD[:11] + TWO + ONE[3:] + QUESTION
-REUSED = len(TWO) + len(ONE) - 3
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
-    path = tmp_path_factory.mktemp("models") / request.param
-    return OfflineModel(str(tiny_models.build(request.param, path, dtype=torch.float32)), max_tokens=5120)
+    return load(request.param, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -55,18 +40,6 @@ def clean(model: OfflineModel) -> Iterator[OfflineModel]:
     model.clear()
     yield model
     model.clear()
-
-
-def plan_of(donor: Prefilled) -> Plan:
-    return Plan([donor.pieces(337, 587, 11), donor.pieces(40, 337, 261)])
-
-
-def by(ratio: float, *later: Stage, **more: str) -> Selection:
-    return Selection((Stage(1, ratio), *later), **more)
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("passes", [(), (100, 320), (261,)], ids=str)
@@ -192,205 +165,6 @@ def test_the_first_tokens_of_each_piece_are_a_choice(clean: OfflineModel) -> Non
     assert set(blended.computed_rows[0]) == {*range(11), *first, *range(558, 578)}
 
 
-# The scheduler's side: one model is enough
-
-CONFIG = PolarConfig(blend="ask", blend_min_tokens=64, blend_gate="none")
-
-
-@pytest.fixture
-def scheduler(clean: OfflineModel, request: pytest.FixtureRequest) -> Scheduler:
-    if "llama" not in request.node.name:
-        pytest.skip("does not depend on the architecture")
-    return Scheduler(clean, CONFIG)
-
-
-@pytest.mark.parametrize("chunk", [1 << 20, 128])
-def test_a_request_after_a_blended_one_gets_exact_kv_only(scheduler: Scheduler, chunk: int) -> None:
-    scheduler.serve(SEEN)
-    before = scheduler.blender.index.statistics()
-    for ratio in (0.0, 0.15, 1.0):
-        blended = scheduler.serve(ASKED, chunk=chunk, polarkv_blend=True, polarkv_blend_ratio=ratio)
-        assert sum(blended.counts) > REUSED - 32
-    assert scheduler.blender.index.statistics() == before
-    after = scheduler.serve(ASKED, chunk=chunk)
-    assert after.cached_tokens == 0
-    assert after.counts == (0, 0)
-    again = scheduler.serve(ASKED)
-    assert again.cached_tokens == (len(ASKED) - 1) // 16 * 16
-    assert (again.logits - after.logits).abs().max() < 1e-4 * after.logits.abs().max()
-
-
-def test_a_blended_request_that_was_retracted_comes_back_exact_and_private(scheduler: Scheduler) -> None:
-    expected = scheduler.serve([*ASKED, 5])
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    known = scheduler.blender.index.statistics()
-    request = scheduler.request(ASKED, polarkv_blend=True, polarkv_blend_ratio=0)
-    request.init_next_round_input(scheduler.cache)
-    scheduler.adder().add_one_req(request, has_chunked_req=False, truncation_align_size=None)
-    scheduler._compute(request)
-    assert scheduler.blender.counts(request).blended > 0
-    request.output_ids.append(5)
-    scheduler.blender.see_batch([request])
-    request.kv.kv_committed_len = len(ASKED)
-    release_kv_cache(request, scheduler.cache, checkpoint=False)
-    request.reset_for_retract()
-    blended = scheduler.blender.counts(request)
-    resumed = scheduler.serve_request(request)
-    assert resumed.counts == blended, "it was blended again"
-    assert (resumed.logits - expected.logits).abs().max() < 1e-4 * expected.logits.abs().max()
-    assert matched(scheduler, ASKED) == 0
-    assert scheduler.blender.index.statistics() == known
-    scheduler.cache.evict(EvictParams(num_tokens=1 << 14))
-    assert scheduler.allocator.available_size() == scheduler.allocator.size
-
-
-def test_slots_and_locks_are_given_back(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    free = scheduler.allocator.available_size()
-    scheduler.serve(ASKED, polarkv_blend=True)
-    scheduler.serve(ASKED, chunk=128, polarkv_blend=True)
-    assert scheduler.allocator.available_size() == free
-    scheduler.cache.evict(EvictParams(num_tokens=1 << 14))
-    assert scheduler.allocator.available_size() == scheduler.allocator.size
-
-
-def test_donors_are_locked_until_the_prompt_is_computed(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    request = scheduler.request(ASKED, polarkv_blend=True)
-    request.init_next_round_input(scheduler.cache)
-    adder = scheduler.adder()
-    adder.add_one_req(request, has_chunked_req=False, truncation_align_size=None)
-    scheduler.cache.evict(EvictParams(num_tokens=1 << 14))
-    assert matched(scheduler, SEEN) == 576
-    scheduler._compute(request)
-    # It is aborted in between; whatever it held is given back.
-    request.finished_reason = FINISH_ABORT("test")
-    release_kv_cache(request, scheduler.cache, checkpoint=True)
-    scheduler.cache.evict(EvictParams(num_tokens=1 << 14))
-    assert scheduler.allocator.available_size() == scheduler.allocator.size
-
-
-def matched(scheduler: Scheduler, tokens: list[int]) -> int:
-    from array import array
-
-    key = RadixKey(array("q", tokens))
-    return int(scheduler.cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len)
-
-
-def test_a_donor_that_was_evicted_is_a_full_prefill(scheduler: Scheduler) -> None:
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    scheduler.cache.evict(EvictParams(num_tokens=1 << 14))
-    served = scheduler.serve(ASKED, polarkv_blend=True)
-    assert served.counts == (0, 0)
-    assert torch.equal(served.logits, expected.logits)
-    # It was a plain request then, and is a prefix for others.
-    assert scheduler.serve(ASKED).cached_tokens == 576
-
-
-def test_a_pass_that_fails_is_computed_in_full(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    calls = []
-
-    def breaks(*arguments: object) -> torch.Tensor:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise MemoryError("the last layer")
-        return sparse_query_attention(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(forward, "sparse_query_attention", breaks)
-    served = scheduler.serve(ASKED, polarkv_blend=True)
-    assert len(calls) == 2
-    assert served.counts == (0, 0)
-    assert (served.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
-    # Nothing is blended after that, and nothing is in the way of plain passes.
-    assert scheduler.serve(ASKED, polarkv_blend=True).counts == (0, 0)
-    assert len(calls) == 2
-
-
-def test_blended_and_plain_requests_take_turns(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    plain, blended = scheduler.request(prompt(7, 100)), scheduler.request(ASKED, polarkv_blend=True)
-    for request in (plain, blended):
-        request.init_next_round_input(scheduler.cache)
-
-    def add(adder, request) -> AddReqResult:  # type: ignore[no-untyped-def]
-        return adder.add_one_req(request, has_chunked_req=False, truncation_align_size=None)
-
-    first = scheduler.adder()
-    assert add(first, plain) is AddReqResult.CONTINUE
-    assert add(first, blended) is AddReqResult.OTHER
-    assert not scheduler.blender.is_blended(blended)
-    second = scheduler.adder()
-    assert add(second, blended) is AddReqResult.CONTINUE
-    assert add(second, scheduler.request(prompt(8, 50))) is AddReqResult.OTHER
-    assert (first.can_run_list, second.can_run_list) == ([plain], [blended])
-
-
-def test_locked_donors_that_leave_no_room_are_done_without(scheduler: Scheduler) -> None:
-    """Otherwise a request that only fits without its donors would wait for ever."""
-    scheduler.serve(SEEN)
-    room = scheduler.allocator.size
-    asked = ASKED[:-TAIL] + prompt(6, room - len(ASKED) - 200)
-    served = scheduler.serve(asked, polarkv_blend=True)
-    assert served.counts == (0, 0)
-
-
-@pytest.mark.parametrize(
-    "custom",
-    [
-        {},
-        {"polarkv_blend": False},
-        {"polarkv_blend": "yes"},
-        {"polarkv_blend": True, "polarkv_blend_ratio": 2},
-        {"polarkv_blend": True, "polarkv_blend_spans": [5, 2]},
-        {"polarkv_blend": True, "polarkv_blend_spans": [0, 11]},
-        {"polarkv_blend": True, "polarkv_blend_spans": [0, 578] + [578] * 3000},
-    ],
-    ids=lambda custom: str(custom)[:60],
-)
-def test_who_does_not_ask_rightly_is_computed_in_full(
-    scheduler: Scheduler, custom: dict[str, object]
-) -> None:
-    scheduler.serve(SEEN)
-    assert scheduler.serve(ASKED, **custom).counts == (0, 0)
-
-
-def test_no_donor_is_of_other_weights(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    guard = scheduler.cache.runtime.weights
-    guard.suspend()  # an update without a flush: the tree keeps what it holds
-    assert scheduler.serve(ASKED, polarkv_blend=True).counts == (0, 0)
-    guard.name()
-    assert scheduler.serve([5, *ASKED], polarkv_blend=True).counts == (0, 0)
-    guard.adopt()  # the same bytes as before
-    assert scheduler.serve([6, *ASKED], polarkv_blend=True).counts.blended > 0
-
-
-def test_an_update_between_two_passes_ends_the_blending(scheduler: Scheduler) -> None:
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    # Nothing has been written after the plan: had it been used, the answer would be another.
-    served = scheduler.serve(
-        ASKED,
-        before_passes=scheduler.cache.runtime.weights.suspend,
-        polarkv_blend=True,
-        polarkv_blend_ratio=0,
-    )
-    assert served.counts == (0, 0)
-    assert (served.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
-    assert scheduler.cache.protected_size() == 0
-
-
 def test_forward_methods_that_were_replaced_before_a_pass_are_there_after_it(clean: OfflineModel) -> None:
     donor = clean.prefill(SEEN)
     layer, calls = clean.model.layers[1], []
@@ -408,166 +182,3 @@ def test_forward_methods_that_were_replaced_before_a_pass_are_there_after_it(cle
         assert calls
     finally:
         del layer.__dict__["forward"]
-
-
-def test_a_pass_that_no_rank_can_do_is_computed_in_full_by_all(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that writes its KV by itself, as fused kernels do: all ranks find that out alike."""
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    monkeypatch.setattr(scheduler.blender, "_alone", False)
-
-    def saved_already(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> object:
-        return args, {**kwargs, "save_kv_cache": False} if "forward" in module.__dict__ else kwargs
-
-    attention = scheduler.runner.model.model.layers[1].self_attn.attn
-    hook = attention.register_forward_pre_hook(saved_already, with_kwargs=True)
-    try:
-        served = scheduler.serve(ASKED, polarkv_blend=True)
-    finally:
-        hook.remove()
-    assert served.counts == (0, 0)
-    assert (served.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
-
-
-def test_blended_passes_are_told_from_those_that_show_the_speed_of_prefill(scheduler: Scheduler) -> None:
-    """Also where the answer is one token, so that the request has left when its batch is seen."""
-    for tokens, custom, blended in ((SEEN, {}, False), (ASKED, {"polarkv_blend": True}, True)):
-        request = scheduler.request(tokens, **custom)
-        scheduler.serve_request(request)
-        assert scheduler.blender.see_batch([request]) is blended
-
-
-def test_reasons_are_few_whatever_requests_say(scheduler: Scheduler) -> None:
-    """They are remembered, so that each is logged once."""
-    scheduler.serve(SEEN)
-    _log_refusal.cache_clear()
-    for value in range(2, 12):
-        scheduler.serve(ASKED, polarkv_blend=True, polarkv_blend_ratio=value)
-        scheduler.serve(ASKED, polarkv_blend=value)
-    assert _log_refusal.cache_info().currsize == 2
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("is_embedding", True),
-        ("enable_mis", True),
-        ("enable_return_routed_experts", True),
-        ("enable_pdmux", True),
-        ("cpu_offload_gb", 2),
-        ("offload_group_size", 4),
-        ("enable_lora", True),
-        ("speculative_algorithm", "EAGLE"),
-    ],
-)
-def test_settings_that_no_pass_can_serve_are_named(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, setting: str, value: object
-) -> None:
-    inspect_model(scheduler.runner)
-    arguments = SimpleNamespace(**{name: getattr(scheduler.runner.server_args, name) for name in _OFF})
-    setattr(arguments, setting, value)
-    monkeypatch.setattr(scheduler.runner, "server_args", arguments)
-    with pytest.raises(Unsupported, match=f"--{setting.replace('_', '-')} {value} is set"):
-        inspect_model(scheduler.runner)
-
-
-def test_spans_limit_what_is_reused(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    served = scheduler.serve(
-        ASKED, polarkv_blend=True, polarkv_blend_spans=[100, 180, 300, 301], polarkv_blend_ratio=0
-    )
-    assert served.counts == (81, 0)
-
-
-def test_salts_and_extra_keys_keep_their_text_to_themselves(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    for field in ("cache_salt", "extra_key"):
-        request = scheduler.request(ASKED, polarkv_blend=True)
-        setattr(request, field, "another tenant")
-        request.init_next_round_input(scheduler.cache)
-        assert not scheduler.blender.plan(request)
-
-
-def test_prompt_logprobs_sessions_and_retracted_requests_are_computed_in_full(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    changes: list[dict[str, object]] = [
-        {"return_logprob": True, "logprob_start_len": 0},
-        {"return_hidden_states": True},
-        {"session": object()},
-        {"lora_id": "adapter"},
-        {"retraction_count": 1},
-    ]
-    for change in changes:
-        request = scheduler.request(ASKED, polarkv_blend=True)
-        request.init_next_round_input(scheduler.cache)
-        for name, value in change.items():
-            setattr(request, name, value)
-        assert not scheduler.blender.plan(request), change
-    request = scheduler.request(ASKED, polarkv_blend=True)
-    request.init_next_round_input(scheduler.cache)
-    assert scheduler.blender.plan(request)
-    scheduler.blender.release(request)
-
-
-def test_a_request_that_cannot_be_read_is_computed_in_full(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    request = scheduler.request(ASKED, polarkv_blend=True)
-    del request.beam_group
-    request.init_next_round_input(scheduler.cache)
-    assert not scheduler.blender.plan(request)
-
-
-# The gate, and what it wants; last, since it makes a model of its own
-
-
-def test_a_model_is_blended_once_it_has_passed_its_check(
-    scheduler: Scheduler, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    verdicts = tmp_path / "verdicts"
-    gated = msgspec.structs.replace(CONFIG, blend_gate="verdict", blend_verdicts=str(verdicts))
-
-    def starts() -> bool:
-        scheduler.cache.blender = None
-        scheduler.cache.runtime.config = gated
-        start_blending(scheduler.cache, scheduler.runner)
-        return scheduler.cache.blender is not None
-
-    assert not starts()
-    runner = scheduler.runner
-    model = str(runner.server_args.model_path)
-    check = ["blend-check", model, "--tokens", "500", "--prompts", "1", "--dtype", "float32", "--json"]
-    assert main([*check, "--verdicts", str(verdicts)]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["ratio"] for row in rows] == list(RATIOS)
-    names = ["ratio", "layer_tokens", "k_error", "v_error", "kl", "top1_agreement", "cpu_speedup"]
-    assert all(list(row) == names for row in rows)
-    assert rows[0]["v_error"] > 0.05 > rows[-1]["v_error"]
-    assert rows[-1]["top1_agreement"] == 1.0
-    assert starts()
-    # A verdict that says no, or says nothing, or is of another version.
-    (path,) = verdicts.iterdir()
-    passed = json.loads(path.read_text())
-    for broken in (
-        json.dumps({**passed, "passed": False, "reasons": ["keys are off"]}),
-        json.dumps({**passed, "sglang": "0.5.22"}),
-        "{",
-    ):
-        path.write_text(broken)
-        assert not starts()
-
-
-def test_what_is_wrong_with_a_model_is_named() -> None:
-    right = Compared(1, 0.2, 0.2, 1e-6, 0.0, 1.0, 0.1, 2.0)
-    exact = right._replace(k_error=0.0, v_error=0.0, logits=1e-6)
-    ratios = (0.0, 1.0)
-    assert judge(torch.float32, ratios, [[right, exact]]) == []
-    (reason,) = judge(torch.float32, ratios, [[right._replace(first_k_error=0.5), exact]])
-    assert "keys of layer 0 are off by 0.5" in reason
-    (reason,) = judge(torch.float32, ratios, [[right, exact._replace(logits=0.01)]])
-    assert "at ratio 1 logits are off by 0.01" in reason
-    (reason,) = judge(torch.float32, ratios, [[right, exact._replace(v_error=0.3)]])
-    assert "v_error rises from 0.2 at 0.0 to 0.3 at 1.0" in reason

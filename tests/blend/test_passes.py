@@ -15,7 +15,8 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.timeout(320)
 def test_passes_keep_their_promises() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "passes.py")]
+    files = [str(FOLDER / name) for name in ("scheduling.py", "passes.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     # So small operations cost more in threads that wait for each other than they take.
     process = subprocess.run(
         command,

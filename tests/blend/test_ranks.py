@@ -17,9 +17,9 @@ from tests.support import free_port
 ROOT = Path(__file__).parents[2]
 
 
-def start(model: Path, ranks: int) -> list[subprocess.Popen[str]]:
+def start(module: str, argument: str, ranks: int) -> list[subprocess.Popen[str]]:
     port = str(free_port())
-    command = [sys.executable, "-m", "tests.blend.rank", str(model)]
+    command = [sys.executable, "-m", f"tests.blend.{module}", argument]
     return [
         subprocess.Popen(
             [*command, str(rank), str(ranks), port],
@@ -39,15 +39,27 @@ def result(process: subprocess.Popen[str]) -> Any:
     return json.loads(lines[0].removeprefix("RESULT"))
 
 
-@pytest.mark.slow
-def test_every_rank_chooses_the_same_rows(tmp_path: Path) -> None:
-    model = tiny_models.build("glm4_moe", tmp_path / "model", dtype=torch.float32)
-    processes = start(model, 1) + start(model, 2)
+def results(processes: list[subprocess.Popen[str]]) -> list[Any]:
     try:
-        alone, first, second = map(result, processes)
+        return list(map(result, processes))
     finally:
         for process in processes:
             process.kill()
+
+
+def test_ranks_that_see_other_heads_choose_the_same_rows() -> None:
+    first, second = results(start("choosing_rank", "7", 2))
+    fresh, cached = torch.randn(2, 200, 4, 16, generator=torch.Generator().manual_seed(7))
+    deviation = (fresh - cached).flatten(1).norm(dim=1)
+    alone = [sorted(deviation.topk(count).indices.tolist()) for count in (1, 30, 100, 200)]
+    assert first == second == alone
+
+
+@pytest.mark.slow
+def test_every_rank_chooses_the_same_rows(tmp_path: Path) -> None:
+    model = tiny_models.build("glm4_moe", tmp_path / "model", dtype=torch.float32)
+    processes = start("rank", str(model), 1) + start("rank", str(model), 2)
+    alone, first, second = results(processes)
     assert first[0] == second[0] == alone[0]
     assert len({str(rows) for rows in alone[0]}) == len(alone[0])
     for blended, whole in (first[1], second[1]):

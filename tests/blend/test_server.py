@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from examples.common import tiny_models
 from tests.engine.servers import Server, prompt, running_server
+from tests.support import running_node
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -23,6 +26,8 @@ FLAGS = (
     "--chunked-prefill-size",
     "256",
 )
+# With more threads than cores, those of small operations wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 class Answer(NamedTuple):
@@ -36,9 +41,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("blending")
     model = tiny_models.build("llama", folder / "llama", dtype=torch.float32)
     flags = (*FLAGS, "--tp", str(request.param))
-    # With more threads than cores, those of small operations wait for each other.
-    one_thread = {"OMP_NUM_THREADS": "1"}
-    with running_server(model, folder / "server.log", *flags, environment=one_thread) as running:
+    with running_server(model, folder / "server.log", *flags, environment=ONE_THREAD) as running:
         yield running
 
 
@@ -109,3 +112,49 @@ def test_documents_that_left_l1_are_blended_from_l2(server: Server) -> None:
     assert exact.sources["blended"] == 0
     assert exact.cached_tokens <= 48
     assert exact.output_ids == whole.output_ids
+
+
+def test_documents_that_only_the_pool_has_are_blended(server: Server) -> None:
+    """As after a restart, or in another engine: neither L1 nor L2 nor the index knows of them."""
+    seen = HEAD + prompt(71, 300) + prompt(72, 300)
+    server.generate(seen)
+    server.generate_from_pool(seen, 600)
+    for attempt in range(20):  # what is in the pool is told of a moment later
+        asked = prompt(80 + attempt, 5) + prompt(72, 300) + prompt(71, 300) + QUESTION
+        server.flush()
+        whole = ask(server, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
+        if whole.sources["recomputed"] > 500:
+            break
+        time.sleep(0.1)
+    assert whole.sources["recomputed"] > 580
+    partly = ask(server, asked, polarkv_blend=True)
+    assert partly.sources["blended"] > 480
+    assert partly.sources["l3"] == 0
+    # Nothing of it became a prefix, nor a donor of this engine.
+    exact = ask(server, asked)
+    assert (exact.cached_tokens, exact.sources["blended"]) == (0, 0)
+    assert exact.output_ids == whole.output_ids
+
+
+@pytest.mark.slow
+def test_engines_share_donors_through_the_pool_and_do_without(tmp_path: Path) -> None:
+    model = tiny_models.build("llama", tmp_path / "llama", dtype=torch.float32)
+    seen, other = HEAD + prompt(91, 300) + prompt(92, 300), prompt(93, 400) + prompt(94, 300)
+    with running_node("256MiB") as node:
+        flags = (*FLAGS, "--polarkv-nodes", node.address)
+        with running_server(model, tmp_path / "one.log", *flags, environment=ONE_THREAD) as one:
+            for documents in (seen, other):
+                one.generate(documents)
+                one.generate_from_pool(documents, 600)
+        with running_server(model, tmp_path / "two.log", *flags, environment=ONE_THREAD) as two:
+            asked = prompt(92, 300) + prompt(91, 300) + QUESTION
+            whole = ask(two, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
+            assert whole.sources["recomputed"] > 580
+            assert ask(two, asked, polarkv_blend=True).sources["blended"] > 480
+            assert ask(two, asked).output_ids == whole.output_ids
+            node.kill()
+            asked = prompt(94, 300) + prompt(93, 400) + QUESTION
+            without = ask(two, asked, polarkv_blend=True)
+            assert (without.sources["blended"], without.sources["recomputed"]) == (0, 0)
+            two.flush()
+            assert ask(two, asked).output_ids == without.output_ids
