@@ -18,6 +18,7 @@ import numpy.typing as npt
 from polarkv_sglang.errors import TransportError
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.transport import Context, Direction, RegisteredMemory, RemoteKey, Worker
+from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
 from polarkv_sglang.transport.messages import (
     MAX_FETCH_REGIONS,
     MAX_FETCH_S,
@@ -25,9 +26,6 @@ from polarkv_sglang.transport.messages import (
     Fetch,
     Fetched,
     FetchState,
-    pack_u64,
-    split_keys,
-    unpack_u64,
 )
 
 _MAX_KEYS_HELD = 4 * MAX_FETCH_REGIONS  # of one client's regions, old ones included

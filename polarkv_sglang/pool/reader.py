@@ -20,6 +20,7 @@ from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.pool.requests import Requests, Route, Streamed
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import DRAIN_S, Direction, Library, checksums
+from polarkv_sglang.transport.columns import pack_u64, seal, unpack_u64
 from polarkv_sglang.transport.messages import (
     Fetch,
     Fetched,
@@ -31,9 +32,6 @@ from polarkv_sglang.transport.messages import (
     Release,
     Replicate,
     ReportCorrupt,
-    pack_u64,
-    seal,
-    unpack_u64,
 )
 from polarkv_sglang.transport.stream import Answer
 

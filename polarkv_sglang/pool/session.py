@@ -20,6 +20,7 @@ from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.pool.push import Pusher, Pushers
 from polarkv_sglang.pool.stream import SlabView, Upload, send_blocks
+from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_FRAME_BYTES,
@@ -67,9 +68,6 @@ from polarkv_sglang.transport.messages import (
     View,
     Welcome,
     WriteNotes,
-    pack_u64,
-    split_keys,
-    unpack_u64,
 )
 from polarkv_sglang.transport.tls import TlsStream, starts_tls
 

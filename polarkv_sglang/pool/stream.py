@@ -11,16 +11,9 @@ import ctypes
 from collections.abc import Callable, Sequence
 
 from polarkv_sglang.pool.index import Index
+from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
 from polarkv_sglang.transport.framing import encode_frame
-from polarkv_sglang.transport.messages import (
-    MAX_LEASE_S,
-    Message,
-    Pull,
-    Pulled,
-    pack_u64,
-    split_keys,
-    unpack_u64,
-)
+from polarkv_sglang.transport.messages import MAX_LEASE_S, Message, Pull, Pulled
 
 _LONGEST_READ = 1 << 20  # bytes that one connection receives before the others get a turn
 _SENT_CHECK_FIRST_S = 0.001

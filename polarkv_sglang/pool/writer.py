@@ -15,6 +15,7 @@ from polarkv_sglang.pool.memory import LocalMemory
 from polarkv_sglang.pool.requests import Requests, Route, Streamed
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import Direction
+from polarkv_sglang.transport.columns import unpack_u64
 from polarkv_sglang.transport.messages import (
     Commit,
     Committed,
@@ -24,7 +25,6 @@ from polarkv_sglang.transport.messages import (
     Reserved,
     Store,
     Stored,
-    unpack_u64,
 )
 
 # Of a batch's deadline, when its steps have to have ended, as in reading.

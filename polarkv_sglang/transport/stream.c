@@ -151,18 +151,22 @@ static bool send_some(const polar_exchange_batch *batch, struct stream *stream) 
     return true;
 }
 
-/* Receives into `length` bytes at `start`, of which `had` are there. Whether it got on. */
-static bool receive_part(struct stream *stream, uint8_t *start, uint64_t had, uint64_t length) {
-    ssize_t done = recv(stream->channel->fd, start + had, length - had, MSG_DONTWAIT);
-    if (done > 0) {
-        stream->received += done;
+/* Counts what a read has brought, or ends the stream if it cannot go on. Whether it got on. */
+static bool took_in(struct stream *stream, ssize_t count) {
+    if (count > 0) {
+        stream->received += count;
         return true;
     }
-    if (done == 0)
+    if (count == 0)
         finish(stream, ECONNRESET);
     else if (errno != EAGAIN && errno != EINTR)
         finish(stream, errno);
     return false;
+}
+
+/* Receives into `length` bytes at `start`, of which `had` are there. Whether it got on. */
+static bool receive_part(struct stream *stream, uint8_t *start, uint64_t had, uint64_t length) {
+    return took_in(stream, recv(stream->channel->fd, start + had, length - had, MSG_DONTWAIT));
 }
 
 static bool receive_blocks(const polar_exchange_batch *batch, struct stream *stream, uint64_t had) {
@@ -171,20 +175,13 @@ static bool receive_blocks(const polar_exchange_batch *batch, struct stream *str
     ssize_t done;
     message.msg_iovlen = add_blocks(batch, stream, ranges, 0, had, least(had + BURST, stream->coming));
     done = recvmsg(stream->channel->fd, &message, MSG_DONTWAIT);
-    if (done > 0) {
-        stream->received += done;
-        hash_until(batch, stream, had + done);
-        if (had + done == stream->coming) {
-            stream->channel->arrived = stream->coming / stream->block_bytes;
-            finish(stream, 0);
-        }
-        return true;
+    if (!took_in(stream, done)) return false;
+    hash_until(batch, stream, had + done);
+    if (had + done == stream->coming) {
+        stream->channel->arrived = stream->coming / stream->block_bytes;
+        finish(stream, 0);
     }
-    if (done == 0)
-        finish(stream, ECONNRESET);
-    else if (errno != EAGAIN && errno != EINTR)
-        finish(stream, errno);
-    return false;
+    return true;
 }
 
 /* Whether it got on. A reply is its frame, and for a get the number of bytes that follow, and these. */

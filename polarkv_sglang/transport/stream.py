@@ -63,15 +63,11 @@ def exchange(
             outcomes.append(_UNSENT)
     if not batch.calls:
         return outcomes
-    ran = batch.run(piece_bytes, deadline, digest=digest)
-    answered = iter(
-        [
-            batch.outcome(number) if ran else call.control.give_up(_NO_MEMORY)
-            for number, call in enumerate(batch.calls)
-        ]
-    )
-    if not ran:
+    if not batch.run(piece_bytes, deadline, digest=digest):
+        for call in batch.calls:
+            call.control.give_up(_NO_MEMORY)
         raise TransportError(_NO_MEMORY)
+    answered = map(batch.outcome, range(len(batch.calls)))
     return [next(answered) if outcome is _UNSENT else outcome for outcome in outcomes]
 
 

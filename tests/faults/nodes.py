@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from polarkv_sglang.transport.messages import Locate, NodeStatistics, Peek, Release, unpack_u64
+from polarkv_sglang.transport.columns import unpack_u64
+from polarkv_sglang.transport.messages import Locate, NodeStatistics, Peek, Release
 from tests.support import RunningNode, free_port, running_node
 
 

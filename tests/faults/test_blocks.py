@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from polarkv_sglang.transport.messages import Locate, Peek, Release, ReportCorrupt, unpack_u64
+from polarkv_sglang.transport.columns import unpack_u64
+from polarkv_sglang.transport.messages import Locate, Peek, Release, ReportCorrupt
 from tests.faults.nodes import FaultyNode
 from tests.faults.traffic import Load, Rank, Traffic, TrafficProcess
 from tests.faults.ways import WAYS

@@ -21,7 +21,7 @@ import psutil
 from polarkv_sglang.identity import KEY_BYTES, NO_PARENT
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
-from polarkv_sglang.transport.messages import split_keys
+from polarkv_sglang.transport.columns import split_keys
 
 BATCH = 128
 SEGMENT_BYTES = 64 << 20

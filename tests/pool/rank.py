@@ -13,7 +13,8 @@ import numpy as np
 
 from polarkv_sglang.pool.blocks import Chain, Pieces, chain
 from polarkv_sglang.pool.client import PoolClient
-from polarkv_sglang.transport.messages import Locate, unpack_u64
+from polarkv_sglang.transport.columns import unpack_u64
+from polarkv_sglang.transport.messages import Locate
 from tests.support import RunningNode
 
 DEADLINE_S = 0.5

@@ -13,6 +13,7 @@ import psutil
 
 from polarkv_sglang.config import parse_address
 from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.transport.columns import pack_u64, seal
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, encode_frame
 from polarkv_sglang.transport.messages import (
     NONCE_BYTES,
@@ -41,8 +42,6 @@ from polarkv_sglang.transport.messages import (
     Store,
     View,
     WriteNotes,
-    pack_u64,
-    seal,
 )
 from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node

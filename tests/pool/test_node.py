@@ -19,6 +19,7 @@ from polarkv_sglang.config import parse_address
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.transport import Context, Direction, Worker, attach, load_library
+from polarkv_sglang.transport.columns import pack_u64, unpack_u64
 from polarkv_sglang.transport.control import ControlConnection, NodeRefused, NodeTimeout
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, MAX_HANDSHAKE_FRAME_BYTES, encode_frame
 from polarkv_sglang.transport.messages import (
@@ -38,8 +39,6 @@ from polarkv_sglang.transport.messages import (
     Reserve,
     Reserved,
     View,
-    pack_u64,
-    unpack_u64,
 )
 from tests.support import RunningNode, running_node
 

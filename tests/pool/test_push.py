@@ -17,6 +17,7 @@ import pytest
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.transport import Context, Direction, RegisteredMemory, Worker, load_library
+from polarkv_sglang.transport.columns import pack_u64, seal, unpack_u64
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import (
     Commit,
@@ -30,9 +31,6 @@ from polarkv_sglang.transport.messages import (
     Reserve,
     Statistics,
     Store,
-    pack_u64,
-    seal,
-    unpack_u64,
 )
 from polarkv_sglang.transport.tls import client_context
 from tests.certificates import Authority

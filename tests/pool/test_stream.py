@@ -17,6 +17,7 @@ from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.index import RESERVATION_S
 from polarkv_sglang.pool.stream import SlabView, Upload, runs
 from polarkv_sglang.transport import checksums, load_library
+from polarkv_sglang.transport.columns import pack_u64, unpack_u64
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.framing import encode_frame
 from polarkv_sglang.transport.messages import (
@@ -29,8 +30,6 @@ from polarkv_sglang.transport.messages import (
     Reserve,
     Store,
     Stored,
-    pack_u64,
-    unpack_u64,
 )
 from polarkv_sglang.transport.stream import Answer, Call, exchange
 from tests.pool.rank import a_rank, prompt

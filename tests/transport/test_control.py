@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from polarkv_sglang.errors import ConfigError, NodeError
+from polarkv_sglang.transport.columns import pack_u64
 from polarkv_sglang.transport.control import PATIENCE_S, ControlConnection, NodeRefused, NodeTimeout
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
@@ -27,7 +28,6 @@ from polarkv_sglang.transport.messages import (
     Peeked,
     Refused,
     Welcome,
-    pack_u64,
 )
 
 KEYS = bytes(32)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polarkv_sglang.transport import messages as m
+from polarkv_sglang.transport.columns import pack_u64, seal, split_keys, unpack_u64
 from polarkv_sglang.transport.framing import (
     HEADER_BYTES,
     MAX_FRAME_BYTES,
@@ -20,7 +21,7 @@ from polarkv_sglang.transport.framing import (
 from polarkv_sglang.transport.shared import SharedHandle
 
 KEYS = bytes(range(48))
-U64 = m.pack_u64([1, 2, 2**64 - 1])
+U64 = pack_u64([1, 2, 2**64 - 1])
 FROM_CLIENT = [
     m.Hello(1, "rank", "engine", bytes(16)),
     m.Proof(bytes(32)),
@@ -31,11 +32,11 @@ FROM_CLIENT = [
     m.ReportCorrupt(KEYS, U64),
     m.Peek(5, KEYS),
     m.Hold(5, KEYS, 1.5),
-    m.Pull(5, KEYS, 4096, m.pack_u64([0, 512, 2048, 512])),
+    m.Pull(5, KEYS, 4096, pack_u64([0, 512, 2048, 512])),
     m.Renew(6, 4, 1.5),
     m.Fetch(
-        7, KEYS, 1.0, b"worker", [b"one", b"two"], m.seal(b"worker", [b"one", b"two"]),
-        2, 2048, m.pack_u64(range(6)), m.pack_u64([0, 1, 0, 1, 0, 1]),
+        7, KEYS, 1.0, b"worker", [b"one", b"two"], seal(b"worker", [b"one", b"two"]),
+        2, 2048, pack_u64(range(6)), pack_u64([0, 1, 0, 1, 0, 1]),
     ),
     m.Pull(9, KEYS, 4096),
     m.Store(10, KEYS, bytes(48), 4096),
@@ -72,7 +73,7 @@ def fetch(**changed: object) -> list[object]:
         "timeout_s": 1.0,
         "worker_address": b"worker",
         "rkeys": [b"key"],
-        "seal": m.seal(b"worker", [b"key"]),
+        "seal": seal(b"worker", [b"key"]),
         "pieces": 2,
         "piece_bytes": 2048,
         "target_blob": bytes(48),
@@ -99,10 +100,10 @@ def test_message_in_the_wrong_direction_is_a_bad_frame(message: m.FromNode):
 
 def test_pull_of_many_keys_in_many_parts_is_refused():
     """The node would hold up all others for it."""
-    parts = m.pack_u64([0, 1] * 2)
+    parts = pack_u64([0, 1] * 2)
     m.Pull(1, bytes(16 * m.MAX_KEYS), 4096, parts)
     with pytest.raises(ValueError, match="runs"):
-        m.Pull(1, bytes(16 * m.MAX_KEYS), 4096, m.pack_u64([0, 1] * 3))
+        m.Pull(1, bytes(16 * m.MAX_KEYS), 4096, pack_u64([0, 1] * 3))
 
 
 @given(st.binary(max_size=200))
@@ -162,13 +163,13 @@ def test_frame_over_the_limit_is_refused_from_its_header():
         (["view", {"10.0.0.4:7411": "x" * 513}], "<= 512"),
         (fetch(timeout_s=-1.0), "above 0"),
         (fetch(target_blob=bytes(8)), "column"),
-        (fetch(region_blob=m.pack_u64([0, 1] * 3)), "not among the 1 rkeys"),
-        (["pull", 1, KEYS, 4096, m.pack_u64([0, 4097])], "leaves its block"),
-        (["pull", 1, KEYS, 4096, m.pack_u64([4096, 1])], "leaves its block"),
-        (["pull", 1, KEYS, 4096, m.pack_u64([2**64 - 1, 2])], "leaves its block"),
-        (["pull", 1, KEYS, 4096, m.pack_u64([0, 0])], "empty"),
-        (["pull", 1, KEYS, 4096, m.pack_u64([0])], "no pairs"),
-        (["pull", 1, KEYS, 4096, m.pack_u64([0, 1] * 65)], "more than 64"),
+        (fetch(region_blob=pack_u64([0, 1] * 3)), "not among the 1 rkeys"),
+        (["pull", 1, KEYS, 4096, pack_u64([0, 4097])], "leaves its block"),
+        (["pull", 1, KEYS, 4096, pack_u64([4096, 1])], "leaves its block"),
+        (["pull", 1, KEYS, 4096, pack_u64([2**64 - 1, 2])], "leaves its block"),
+        (["pull", 1, KEYS, 4096, pack_u64([0, 0])], "empty"),
+        (["pull", 1, KEYS, 4096, pack_u64([0])], "no pairs"),
+        (["pull", 1, KEYS, 4096, pack_u64([0, 1] * 65)], "more than 64"),
         (["hold", 1, KEYS, 0.0], "above 0"),
         (fetch(rkeys=[]), ">= 1"),
         (fetch(rkeys=[b"key"] * 65), "<= 64"),
@@ -192,9 +193,9 @@ def test_hello_of_a_later_version_can_be_read():
 
 
 def test_numbers_and_keys_come_back_from_their_blobs():
-    assert m.unpack_u64(U64).tolist() == [1, 2, 2**64 - 1]
-    assert m.unpack_u64(U64).dtype == np.uint64
-    assert m.split_keys(KEYS) == [KEYS[:16], KEYS[16:32], KEYS[32:]]
+    assert unpack_u64(U64).tolist() == [1, 2, 2**64 - 1]
+    assert unpack_u64(U64).dtype == np.uint64
+    assert split_keys(KEYS) == [KEYS[:16], KEYS[16:32], KEYS[32:]]
 
 
 def test_proof_depends_on_the_token_and_on_both_nonces():
@@ -216,4 +217,4 @@ def test_seal_depends_on_every_byte_and_on_where_the_parts_end():
         (b"ab", [b"d"]),
         (b"ac", [b"c"]),
     ]
-    assert len({m.seal(address, rkeys) for address, rkeys in parts}) == len(parts)
+    assert len({seal(address, rkeys) for address, rkeys in parts}) == len(parts)
