@@ -16,11 +16,12 @@ from typing import cast
 
 import msgspec
 
+from polarkv_sglang.pool.answers import answer
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.pool.push import Pusher, Pushers
 from polarkv_sglang.pool.stream import SlabView, Upload, send_blocks
-from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
+from polarkv_sglang.transport.columns import split_keys
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_FRAME_BYTES,
@@ -34,40 +35,25 @@ from polarkv_sglang.transport.messages import (
     NONCE_BYTES,
     PROTOCOL_VERSION,
     Challenge,
-    Commit,
     Committed,
     Fetch,
     Fetched,
     Fill,
     FromClient,
-    Held,
     Hello,
-    Hold,
-    Locate,
-    Located,
     Message,
     NodeStatistics,
-    NotesRead,
     Peek,
-    Peeked,
     Proof,
     Pull,
-    ReadNotes,
     Refused,
-    Release,
-    Renew,
-    Renewed,
     Replicate,
-    ReportCorrupt,
-    Reserve,
-    Reserved,
     Role,
     Statistics,
     Store,
     Stored,
     View,
     Welcome,
-    WriteNotes,
 )
 from polarkv_sglang.transport.tls import TlsStream, starts_tls
 
@@ -312,48 +298,26 @@ class Session(asyncio.BufferedProtocol):
     def _answer(self, request: FromClient) -> None:
         if self.role != "rank" and not isinstance(request, Peek | Statistics):
             raise BadFrame(f"a {self.role} may not send {type(request).__name__}")
-        index, owner = self._service.index, self._owner
+        service, index, owner = self._service, self._service.index, self._owner
         match request:
-            case Locate():
-                lease = index.locate(owner, split_keys(request.keys), request.lease_s)
-                columns = (lease.addresses, lease.lengths, lease.checksums, lease.generations)
-                self._send(Located(request.request_id, lease.number, *map(pack_u64, columns)))
-            case Hold():
-                hold = index.hold(owner, split_keys(request.keys), request.lease_s)
-                self._send(Held(request.request_id, hold.number, hold.present))
-            case Renew():
-                held = index.renew(owner, request.lease, request.lease_s)
-                self._send(Renewed(request.request_id, held))
-            case Release():
-                index.release(owner, request.lease)
-            case Peek():
-                self._send(Peeked(request.request_id, index.peek(split_keys(request.keys))))
-            case Reserve():
-                keys, parents = split_keys(request.keys), split_keys(request.parents)
-                reservation = index.reserve(owner, keys, parents, request.length)
-                addresses = pack_u64(reservation.addresses)
-                self._send(Reserved(request.request_id, reservation.number, addresses, reservation.states))
-            case Commit():
-                checksums = unpack_u64(request.checksum_blob).tolist()
-                try:
-                    count = index.commit(owner, request.reservation, request.mask, checksums)
-                except ValueError as error:
-                    raise BadFrame(str(error)) from error
-                self._send(Committed(request.request_id, count))
-            case ReportCorrupt():
-                index.report_corrupt(split_keys(request.keys), unpack_u64(request.generation_blob).tolist())
+            case View():
+                self.view = request
+            case Statistics():
+                self._send(service.statistics(request.request_id))
+            case Replicate():
+                if service.replicate is not None:
+                    service.replicate(split_keys(request.keys), request.target)
             case Fetch():
                 if self._pusher is None:
-                    self._pusher = Pusher(self._service.pushers, owner)
+                    self._pusher = Pusher(service.pushers, owner)
                 self._fetch = asyncio.create_task(self._pusher.fetch(request))
                 self._fetch.add_done_callback(self._fetched)
                 self._read_or_pause()
             case Pull() | Store() | Fill() if self._tls is not None:
                 raise BadFrame("blocks over TLS")
             case Pull():
-                service = self._service
                 parts = request.parts().tolist()
-                count = send_blocks(service.index, service.slab, owner, request, parts, self._transport)
+                count = send_blocks(index, service.slab, owner, request, parts, self._transport)
                 # Of blocks that come in parts, with the last one.
                 service.pushers.sent_blocks += count if sum(parts[-1]) == request.length else 0
                 service.pushers.sent_bytes += count * sum(size for _, size in parts)
@@ -373,20 +337,10 @@ class Session(asyncio.BufferedProtocol):
                     length,
                     lambda count: Committed(request.request_id, count),
                 )
-            case Replicate():
-                if self._service.replicate is not None:
-                    self._service.replicate(split_keys(request.keys), request.target)
-            case WriteNotes():
-                self._service.notes.write(split_keys(request.keys), request.notes)
-            case ReadNotes():
-                notes = self._service.notes.read(split_keys(request.keys))
-                self._send(NotesRead(request.request_id, notes))
-            case View():
-                self.view = request
-            case Statistics():
-                self._send(self._service.statistics(request.request_id))
             case _:
-                raise BadFrame(f"{type(request).__name__} after authentication")
+                reply = answer(index, service.notes, owner, request)
+                if reply is not None:
+                    self._send(reply)
 
     def _fetched(self, fetch: asyncio.Task[Fetched]) -> None:
         self._fetch = None
