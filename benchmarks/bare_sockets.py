@@ -1,34 +1,66 @@
 """The bound for any store over TCP on one machine: bytes through one loopback connection, and nothing else.
 
-A peer process answers a request of 17 bytes with so many bytes, or takes so many and answers with 16: no
-names, no index, no checksum. It runs on uvloop, as a memory node does.
+A peer process takes so many bytes and answers with 16, or gives them back: no names, no index, no checksum. It runs
+on uvloop, as a memory node does.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import mmap
-import os
+import multiprocessing
 import socket
-import statistics
 import struct
-import sys
 import time
-from multiprocessing import Pipe, Process
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import uvloop
 
-from polarkv_sglang.config import format_bytes, parse_bytes
+from benchmarks.blocks import Blocks
 
-SIZES = "64KiB,256KiB,1MiB,16MiB,64MiB"
-_MEMORY_BYTES = 512 << 20  # walked through, so that no cache helps
-_PIECE_BYTES = 256 << 10  # of one receive
+_PIECE_BYTES = 256 << 10  # of one receive of the client
+_PEER_PIECE_BYTES = 1 << 20
 _REQUEST = struct.Struct("<BQQ")  # put, offset, length
 _ACKNOWLEDGEMENT = bytes(16)
-_SAMPLE_BYTES = 512 << 20
-_LEAST_SAMPLES, _MOST_SAMPLES = 12, 300
+
+
+class SocketStore:
+    """The client of such a peer, in this process: it gives back the last batch only, and by its place."""
+
+    version = "no store"
+
+    def __init__(self, name: str, sock: socket.socket, capacity_bytes: int, blocks: Blocks) -> None:
+        self.name = name
+        self._socket = sock
+        self._capacity_bytes = capacity_bytes
+        self._source, self._target = memoryview(blocks.source), memoryview(blocks.target)
+        self._offset = self._end = 0  # of the last batch: the next goes behind it, where no cache helps
+
+    def put(self, keys: Sequence[bytes], block_bytes: int) -> float:
+        length = len(keys) * block_bytes
+        self._offset = self._end if self._end + length <= self._capacity_bytes else 0
+        self._end = self._offset + length
+        source = self._source[:length]
+        started = time.perf_counter()
+        self._socket.sendall(_REQUEST.pack(True, self._offset, length))
+        self._socket.sendall(source)
+        self._socket.recv(len(_ACKNOWLEDGEMENT), socket.MSG_WAITALL)
+        return time.perf_counter() - started
+
+    def get(self, keys: Sequence[bytes], block_bytes: int) -> float:
+        length = len(keys) * block_bytes
+        started = time.perf_counter()
+        self._socket.sendall(_REQUEST.pack(False, self._offset, length))
+        received = 0
+        while received < length:
+            end = min(length, received + _PIECE_BYTES)
+            received += self._socket.recv_into(self._target[received:end])
+        return time.perf_counter() - started
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Nothing: the next batches go elsewhere, until they come round."""
 
 
 class _Peer(asyncio.BufferedProtocol):
@@ -47,7 +79,7 @@ class _Peer(asyncio.BufferedProtocol):
 
     def get_buffer(self, size_hint: int) -> memoryview:
         if self._left:
-            return self._memory[self._offset : self._offset + min(self._left, 1 << 20)]
+            return self._memory[self._offset : self._offset + min(self._left, _PEER_PIECE_BYTES)]
         return self._request[self._request_bytes :]
 
     def buffer_updated(self, count: int) -> None:
@@ -68,8 +100,24 @@ class _Peer(asyncio.BufferedProtocol):
             self._transport.write(self._memory[offset : offset + length])
 
 
-def _serve(ready: Connection) -> None:
-    memory = _memory()
+@contextmanager
+def socket_store(name: str, blocks: Blocks, capacity_bytes: int) -> Iterator[SocketStore]:
+    """A peer with so much memory, and its client; the peer ends with the context."""
+    spawning = multiprocessing.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    peer = spawning.Process(target=_serve, args=(theirs, capacity_bytes), daemon=True)
+    peer.start()
+    try:
+        with socket.create_connection(("127.0.0.1", ours.recv())) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            yield SocketStore(name, sock, capacity_bytes, blocks)
+    finally:
+        peer.kill()
+        peer.join()
+
+
+def _serve(ready: Connection, capacity_bytes: int) -> None:
+    memory = memoryview(mmap.mmap(-1, capacity_bytes))
 
     async def serve() -> None:
         server = await asyncio.get_running_loop().create_server(lambda: _Peer(memory), "127.0.0.1", 0)
@@ -77,56 +125,3 @@ def _serve(ready: Connection) -> None:
         await server.serve_forever()
 
     uvloop.run(serve())
-
-
-def _memory() -> memoryview:
-    memory = mmap.mmap(-1, _MEMORY_BYTES)
-    for offset in range(0, _MEMORY_BYTES, mmap.PAGESIZE):
-        memory[offset] = 1
-    return memoryview(memory)
-
-
-def measure(sock: socket.socket, memory: memoryview, length: int, put: bool) -> list[float]:
-    """Seconds of each exchange."""
-    samples = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, _SAMPLE_BYTES // length))
-    seconds = []
-    for sample in range(samples):
-        offset = sample * length % (_MEMORY_BYTES - length + 1)
-        block = memory[offset : offset + length]
-        started = time.perf_counter()
-        sock.sendall(_REQUEST.pack(put, offset, length))
-        if put:
-            sock.sendall(block)
-            sock.recv(len(_ACKNOWLEDGEMENT), socket.MSG_WAITALL)
-        else:
-            received = 0
-            while received < length:
-                received += sock.recv_into(block[received:], min(length - received, _PIECE_BYTES))
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bare_sockets", description=__doc__)
-    parser.add_argument("--sizes", default=SIZES, help="default: %(default)s")
-    sizes = [parse_bytes(size) for size in parser.parse_args().sizes.split(",")]
-    ours, theirs = Pipe()
-    peer = Process(target=_serve, args=(theirs,), daemon=True)
-    peer.start()
-    memory = _memory()
-    print("| op | bytes | GB/s | median us | best us |\n|---|---:|---:|---:|---:|")
-    with socket.create_connection(("127.0.0.1", ours.recv())) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for length in sizes:
-            for put in (True, False):
-                seconds = measure(sock, memory, length, put)
-                middle = statistics.median(seconds)
-                cells = [format_bytes(length), f"{length / 1e9 / middle:.2f}", f"{1e6 * middle:.0f}"]
-                print(f"| {'put' if put else 'get'} | {' | '.join(cells)} | {1e6 * min(seconds):.0f} |")
-    peer.terminate()
-    print(f"{os.cpu_count()} cores", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 import msgspec
 
+from benchmarks.bare_sockets import socket_store
 from benchmarks.blocks import Blocks
 from benchmarks.stores import ComparisonFailed, Store, mooncake_store, polar_store
 from polarkv_sglang.config import format_bytes, parse_bytes
@@ -36,6 +37,7 @@ REPEATS = 7
 SHORT_BYTES = 32 << 20  # batches of at most so many bytes are repeated SHORT_FACTOR times as often
 SHORT_FACTOR = 3
 MOONCAKE, TCP, LOCAL = "Mooncake", "PolarKV over TCP", "PolarKV, same host"
+SOCKETS = "bare sockets"  # what any store over TCP is bounded by
 SETUP = """\
 To set Mooncake up on Debian or Ubuntu, in a virtual environment of its own:
 
@@ -61,7 +63,7 @@ class Case(NamedTuple):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians of one operation of one case in 10^9 bytes a second, and ours over Mooncake's."""
+    """Medians of one operation of one case in 10^9 bytes a second, and those over Mooncake's."""
 
     op: Operation
     block_bytes: int
@@ -72,6 +74,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     tcp_ratio: float
     local_gbps: float  # PolarKV as it is by default on one host
     local_ratio: float
+    socket_gbps: float  # bytes through a connection, without a store
+    socket_ratio: float
 
 
 class Traffic:
@@ -143,8 +147,8 @@ def measure(
 def _figures(
     op: Operation, case: Case, repeats: int, seconds: Mapping[tuple[Operation, str], Sequence[float]]
 ) -> Figures:
-    mooncake, tcp, local = (
-        case.total_bytes / 1e9 / median(seconds[op, name]) for name in (MOONCAKE, TCP, LOCAL)
+    mooncake, tcp, local, sockets = (
+        case.total_bytes / 1e9 / median(seconds[op, name]) for name in (MOONCAKE, TCP, LOCAL, SOCKETS)
     )
     return Figures(
         op=op,
@@ -156,6 +160,8 @@ def _figures(
         tcp_ratio=tcp / mooncake,
         local_gbps=local,
         local_ratio=local / mooncake,
+        socket_gbps=sockets,
+        socket_ratio=sockets / mooncake,
     )
 
 
@@ -166,12 +172,12 @@ def fresh_keys(count: int) -> list[bytes]:
 
 def table(figures: Sequence[Figures]) -> str:
     """Markdown, a line per figure, puts before gets; rates in GB/s (10^9)."""
-    header = ["op", "block", "blocks", MOONCAKE, TCP, "ratio", LOCAL, "ratio"]
+    header = ["op", "block", "blocks", MOONCAKE, TCP, "ratio", LOCAL, "ratio", SOCKETS, "ratio"]
     rows = [
         [
             row.op, format_bytes(row.block_bytes).replace(".0", ""), str(row.batch_blocks),
             f"{row.mooncake_gbps:.2f}", f"{row.tcp_gbps:.2f}", f"{row.tcp_ratio:.2f}",
-            f"{row.local_gbps:.2f}", f"{row.local_ratio:.2f}",
+            f"{row.local_gbps:.2f}", f"{row.local_ratio:.2f}", f"{row.socket_gbps:.2f}", f"{row.socket_ratio:.2f}",
         ]
         for op in OPERATIONS
         for row in figures
@@ -205,6 +211,7 @@ def run(
             start(mooncake_store(MOONCAKE, python, blocks, CAPACITY_BYTES, logs)),
             start(polar_store(TCP, blocks, CAPACITY_BYTES, "tcp", logs / "polarkv_tcp.log")),
             start(polar_store(LOCAL, blocks, CAPACITY_BYTES, None, logs / "polarkv_local.log")),
+            start(socket_store(SOCKETS, blocks, CAPACITY_BYTES)),
         ]
         for store in stores:
             _say(f"{store.name}: {store.version}")

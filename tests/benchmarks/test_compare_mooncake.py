@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.bare_sockets import socket_store
 from benchmarks.blocks import Blocks
 from benchmarks.compare_mooncake import (
     BATCH_BYTES,
     LOCAL,
     MOONCAKE,
+    SOCKETS,
     TCP,
     Case,
     Figures,
@@ -68,14 +70,17 @@ def test_all_stores_are_measured_and_tcp_is_seen_on_the_loopback_interface(
         polar_store(MOONCAKE, blocks, 128 * MIB, "tcp", tmp_path / "mooncake.log") as mooncake,
         polar_store(TCP, blocks, 128 * MIB, "tcp", tmp_path / "tcp.log") as tcp,
         polar_store(LOCAL, blocks, 128 * MIB, None, tmp_path / "local.log") as local,
+        # Comes round in the third batch.
+        socket_store(SOCKETS, blocks, 10 * MIB) as sockets,
     ):
-        stores = [mooncake, tcp, local]
-        traffic = {name: Traffic() for name in (MOONCAKE, TCP, LOCAL)}
+        stores = [mooncake, tcp, local, sockets]
+        traffic = {store.name: Traffic() for store in stores}
         figures = measure(Case(256 * KIB, 16), stores, blocks, 2, traffic)
     assert [row.op for row in figures] == ["put", "get"]
-    assert all(row.tcp_gbps > 0 and row.local_gbps > 0 for row in figures)
-    assert traffic[TCP].moved_bytes == 3 * 2 * 4 * MIB
-    assert traffic[TCP].share >= 1
+    assert all(row.tcp_gbps > 0 and row.local_gbps > 0 and row.socket_gbps > 0 for row in figures)
+    for name in (TCP, SOCKETS):
+        assert traffic[name].moved_bytes == 3 * 2 * 4 * MIB
+        assert traffic[name].share >= 1
 
 
 def test_blocks_that_a_store_lost_fail_the_comparison(blocks: Blocks, tmp_path: Path) -> None:
@@ -98,12 +103,14 @@ def test_table_has_puts_before_gets_and_a_ratio_for_each() -> None:
             tcp_ratio=2.5,
             local_gbps=11.0,
             local_ratio=5.5,
+            socket_gbps=6.0,
+            socket_ratio=3.0,
         )
         for op in ("get", "put")
     ]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(figures).splitlines()]
-    assert rows[2] == ["put", "1 MiB", "16", "2.00", "5.00", "2.50", "11.00", "5.50"]
-    assert rows[3] == ["get", "1 MiB", "16", "2.00", "5.00", "2.50", "11.00", "5.50"]
+    assert rows[2] == ["put", "1 MiB", "16", "2.00", "5.00", "2.50", "11.00", "5.50", "6.00", "3.00"]
+    assert rows[3] == ["get", "1 MiB", "16", "2.00", "5.00", "2.50", "11.00", "5.50", "6.00", "3.00"]
 
 
 def test_an_interpreter_without_mooncake_is_told_how_to_get_it() -> None:
