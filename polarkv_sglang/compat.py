@@ -21,6 +21,7 @@ class Surface(NamedTuple):
 
 
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
+_RETRIES = "sglang.srt.mem_cache.storage_prefetch.StoragePrefetchRetries."
 _CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface."
 _STORAGE = "sglang.srt.mem_cache.hicache_storage.HiCacheStorage."
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
@@ -82,6 +83,11 @@ ENGINE_SURFACES = (
         _CACHE + "prefetch_from_storage",
         ("request", "last_host_node_id", "new_input_tokens", "last_hash", "prefix_keys"),
     ),
+    Surface(_RETRIES + "poll_miss", ("req_id", "storage_hit_end")),
+    Surface(_RETRIES + "refetch", ("req_id", "storage_hit_end")),
+    Surface(_RETRIES + "cancel", ("req_id",)),
+    Surface(_RETRIES + "clear"),
+    Surface(_RETRIES + "pop_ready", ("waiting_queue", "interval", "max_attempts")),
     Surface(_CORE + "get_hash_values", ("node_id",)),
     Surface(_CACHE + "_all_reduce", ("data", "tp_reduce_op")),
     Surface(_CORE + "collect_path_info", ("end_node_ids",)),

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from polarkv_sglang.radix.fetches import Fetches
 from polarkv_sglang.radix.giving_way import GivingWay
 from polarkv_sglang.radix.policy import CostPolicy, Decision, NodeView, SpillPolicy
 from polarkv_sglang.radix.rates import RateMeter
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.cache_controller import PrefetchOperation
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_radix_cache import CacheRequestHandle
+    from sglang.srt.server_args import ServerArgs
 
     from polarkv_sglang.blend.blender import Blender
 
@@ -64,6 +66,8 @@ class PolarRadixCache(UnifiedRadixCache):
         self.blender: Blender | None = None  # None: CacheBlend is off
         self._steps = 0
         self.giving_way = GivingWay()
+        self.fetches = Fetches(lambda: self.cache_controller.prefetch_capacity_limit)
+        self._fetches_in_turn = False  # set where a scheduler tells who is admitted
         self._inserts = 0
         self._inserts_at_reset = 0
         self._nothing_cold = (-1, 0)  # inserts and least free tokens at which nothing is left to copy ahead
@@ -86,6 +90,8 @@ class PolarRadixCache(UnifiedRadixCache):
         # Storage threads are joined in there, within a time that a backlog for a slow pool would exceed.
         with self.runtime.weights.paused():
             super().reset()
+        self.fetches.clear()
+        self.storage_prefetch_retries = self.fetches
         self._inserts_at_reset = self._inserts
         if self.blender is not None:
             self.blender.forget()
@@ -127,6 +133,11 @@ class PolarRadixCache(UnifiedRadixCache):
 
     # Fetching
 
+    def init_hicache(self, server_args: ServerArgs, params: CacheInitParams) -> None:
+        super().init_hicache(server_args, params)
+        # Disaggregated engines keep requests in queues of their own.
+        self._fetches_in_turn = server_args.disaggregation_mode == "null"
+
     def prefetch_from_storage(
         self,
         request: CacheRequestHandle,
@@ -134,24 +145,38 @@ class PolarRadixCache(UnifiedRadixCache):
         new_input_tokens: Sequence[int],
         last_hash: str | None = None,
         prefix_keys: list[str] | None = None,
+        storage_hit_end: int | None = None,
         **more: object,
     ) -> bool:
         """Fetch the pages that follow ``last_host_node_id``, which is told with all pages before them.
 
+        Where L2 has no room for them beside those of other requests in the queue, they wait for it.
         SGLang 0.5.23 gives the pages of the node's ancestors and leaves out its own. Counted from there, the
         new pages would be looked for on other memory nodes than those that have them.
         """
         if prefix_keys is not None:
             prefix_keys = [*prefix_keys, *self.tree_core.get_hash_values(last_host_node_id)]
-        return bool(
-            super().prefetch_from_storage(
-                request, last_host_node_id, new_input_tokens, last_hash, prefix_keys, **more
-            )
+        tokens = len(new_input_tokens)
+        in_turn = self._fetches_in_turn and self.enable_storage and tokens >= self.prefetch_threshold
+        if in_turn and not self.fetches.may_begin(request.rid, tokens):
+            self.fetches.wait(request.rid, tokens, storage_hit_end)
+            return False
+        begun = super().prefetch_from_storage(
+            request,
+            last_host_node_id,
+            new_input_tokens,
+            last_hash,
+            prefix_keys,
+            storage_hit_end=storage_hit_end,
+            **more,
         )
+        if in_turn and request in self.ongoing_prefetch:
+            self.fetches.hold(request.rid, tokens)
+        return bool(begun)
 
     def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
         """Whether a request's fetch has ended; while it has not, lets the threads that fetch have the GIL."""
-        ready = bool(super().check_prefetch_progress(request))
+        ready = not self.fetches.is_waiting(request.rid) and bool(super().check_prefetch_progress(request))
         if not ready:
             self.giving_way.give_way()
         return ready

@@ -58,7 +58,7 @@ def test_the_laptop_glm45_has_the_published_pages_rounds_and_proportions():
 def test_every_laptop_preset_fits_the_tiers_and_outgrows_l2(scenario):
     preset = scenario.laptop
     talk, sizes = preset.conversations, preset.tiers
-    assert talk.rounds == 10
+    assert talk.rounds >= 6
     assert talk.final_tokens <= sizes.l1_tokens
     # What is in L1 keeps its place in L2: a prompt comes back whole only if L2 exceeds L1 by it.
     assert sizes.l1_tokens + talk.final_tokens <= sizes.l2_tokens

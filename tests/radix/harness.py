@@ -6,6 +6,7 @@ import contextlib
 import time
 from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -29,6 +30,20 @@ from polarkv_sglang.weights import WeightsIdentity
 
 PAGE_TOKENS = 16
 LAYERS = 4
+
+
+class Queued(NamedTuple):
+    """A request, as far as a cache knows it."""
+
+    rid: str
+    tokens: list[int]
+    extra_key: str | None = None
+    salt: str | None = None
+    storage_prefetch_retry_attempts: int = 0
+
+    @property
+    def handle(self) -> CacheRequestHandle:
+        return CacheRequestHandle(self.rid, 0)
 
 
 class Engine:
@@ -153,29 +168,34 @@ class Engine:
         self, tokens: list[int], *, extra_key: str | None = None, salt: str | None = None
     ) -> tuple[int, int, int]:
         """Run one prompt (whole pages): tokens from L1, L2 and L3; the rest is computed. Checks all KV."""
-        cache = self.cache
         self._requests += 1
-        request = CacheRequestHandle(f"request {self._requests}", 0)
+        request = Queued(f"request {self._requests}", tokens, extra_key, salt)
+        self.fetch(request)
+        return self.admit(request)
 
-        def match():
-            return cache.match_prefix(MatchPrefixParams(key=self._key(tokens, extra_key, salt)))
-
-        found = match()
+    def fetch(self, request: Queued) -> None:
+        """What is done when a request arrives."""
+        cache = self.cache
+        found = self._match(request)
         matched = found.device_prefix_len + found.host_hit_length
         anchor = found.last_host_node if hasattr(found, "last_host_node") else found.best_match_node
         cache.prefetch_from_storage(
-            request,
+            request.handle,
             anchor,
-            array("q", tokens[matched:]),
+            array("q", request.tokens[matched:]),
             cache.get_last_hash_value(anchor),
             cache.get_prefix_hash_values(anchor),
-            matched_prefix_tokens=tokens[:matched],
-            extra_key=extra_key,
-            cache_salt=salt,
+            matched_prefix_tokens=request.tokens[:matched],
+            extra_key=request.extra_key,
+            cache_salt=request.salt,
         )
-        self.settle(lambda: cache.check_prefetch_progress(request))
-        l3 = cache.pop_prefetch_loaded_tokens(request)
-        found = match()
+
+    def admit(self, request: Queued) -> tuple[int, int, int]:
+        """Wait for what is fetched for a request, and run it."""
+        cache, tokens = self.cache, request.tokens
+        self.settle(lambda: cache.check_prefetch_progress(request.handle))
+        l3 = cache.pop_prefetch_loaded_tokens(request.handle)
+        found = self._match(request)
         l1 = found.device_prefix_len
         host = found.host_hit_length
         if host:
@@ -185,7 +205,7 @@ class Engine:
                 cache.unlock(lock)
             if cache.load_back(found.best_match_node):
                 cache.ready_to_load_host_cache()
-            found = match()
+            found = self._match(request)
         ready = found.device_prefix_len
         slots = cache.path_device_indices(found.best_match_node)[:ready]
         need = len(tokens) - ready
@@ -198,12 +218,11 @@ class Engine:
             self._compute(tokens[ready:], new)
             slots = torch.cat([slots.to(torch.int64), new.to(torch.int64)])
             cache.insert(
-                InsertParams(
-                    key=self._key(tokens, extra_key, salt), value=slots.to(torch.int64), prev_prefix_len=ready
-                )
+                InsertParams(key=self._key_of(request), value=slots.to(torch.int64), prev_prefix_len=ready)
             )
             cache.unlock(lock)
         assert self.holds(tokens, slots), "KV in L1 is not that of the prompt"
+        cache.storage_prefetch_retries.cancel(request.rid)
         self.step()
         return l1, ready - l1 - l3, l3
 
@@ -231,6 +250,12 @@ class Engine:
 
     def _key(self, tokens: list[int], extra_key: str | None, salt: str | None) -> RadixKey:
         return RadixKey(array("q", tokens), extra_key=extra_key, cache_salt=salt)
+
+    def _key_of(self, request: Queued) -> RadixKey:
+        return self._key(request.tokens, request.extra_key, request.salt)
+
+    def _match(self, request: Queued):
+        return self.cache.match_prefix(MatchPrefixParams(key=self._key_of(request)))
 
 
 def _kv(tokens: list[int], layer: int, like: torch.Tensor) -> torch.Tensor:
