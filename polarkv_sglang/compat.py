@@ -54,17 +54,31 @@ CACHE_FACTORY = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
 CHUNKED_ABORT = _SCHEDULER + "process_pending_chunked_abort"
 PREFILL_BATCH = _SCHEDULER + "get_new_batch_prefill"
 ABORT = _SCHEDULER + "abort_request"
+EXTRA_CONFIG = (
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller."
+    "HybridCacheController.parse_storage_backend_extra_config"
+)
 ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
-# Needed in every process, before flags are parsed.
-LAUNCH_SURFACES = (
+# Needed to be there at all, in every process.
+PLUGIN_SURFACES = (
     Surface(ADD_FLAGS, ("parser",)),
     Surface(TAKE_FLAGS, ("args",)),
+    Surface("sglang.srt.plugins.hook_registry.HookRegistry.register", ("target", "hook", "hook_type")),
+    Surface("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks"),
     Surface("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
+    Surface("sglang.srt.mem_cache.registry.get_radix_cache_factory", ("name",)),
+)
+# Needed in the process that parses flags, once PolarKV is enabled.
+LAUNCH_SURFACES = (
+    *PLUGIN_SURFACES,
+    Surface(EXTRA_CONFIG, ("storage_backend_extra_config",)),
     Surface(ADAPTER_ID, ("lora_name", "lora_path")),
     Surface(CACHE_FACTORY, ("ctx", "cache_class")),
     Surface(META_INFO, ("meta_info", "state", "customized_info")),
 )
+# Called by SGLang whenever weights change.
+UPDATE_SURFACES = tuple(Surface(path, ("recv_req",)) for path in WEIGHT_CHANGES)
 # Needed in scheduler processes.
 ENGINE_SURFACES = (
     Surface(_CACHE + "reset"),
@@ -102,7 +116,7 @@ ENGINE_SURFACES = (
     Surface(_STORAGE + "register_mem_pool_host", ("mem_pool_host",)),
     Surface(STREAMER_CLASS),
     Surface(BATCH_RESULT, ("batch", "result")),
-    *(Surface(path, ("recv_req",)) for path in WEIGHT_CHANGES),
+    *UPDATE_SURFACES,
 )
 # Needed in scheduler processes in direct mode.
 DIRECT_SURFACES = (
@@ -189,10 +203,21 @@ def check_surfaces(surfaces: Iterable[Surface]) -> None:
         try:
             found = pkgutil.resolve_name(surface.path)
         except (ImportError, AttributeError) as error:
-            raise _incompatible(f"has no {surface.path}") from error
+            reason = f" ({error})" if isinstance(error, ImportError) else ""
+            raise _incompatible(f"has no {surface.path}{reason}") from error
         takes = inspect.signature(found).parameters if surface.parameters else ()
         if missing := set(surface.parameters).difference(takes):
             raise _incompatible(f"has {surface.path} without {', '.join(sorted(missing))}")
+
+
+def apply_hooks(hooks: Mapping[str, Callable[..., object]], *, around: bool = False) -> None:
+    """Have our hooks called after (or around) their targets; IncompatibleSGLang as ``check_hooks``."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in hooks.items():
+        HookRegistry.register(target, hook, HookType.AROUND if around else HookType.AFTER)
+    HookRegistry.apply_hooks()
+    check_hooks(hooks)
 
 
 def check_hooks(hooks: Mapping[str, Callable[..., object]]) -> None:

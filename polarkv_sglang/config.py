@@ -24,6 +24,7 @@ BlendGate = Literal["verdict", "none"]
 
 ENV_PREFIX = "POLARKV_"
 FLAG_PREFIX = "--polarkv-"
+ENABLE_FLAG = "--enable-polarkv"
 # Read by other parts of the package, so they are known names without being settings of an engine.
 OTHER_VARIABLES = frozenset({"POLARKV_CONFIG", "POLARKV_RUNTIME_DIR", "POLARKV_CPU_PLATFORM"})
 
@@ -141,6 +142,7 @@ def _within(name: str, value: float, low: float, high: float, unit: str) -> None
         raise ConfigError(f"{name} {value} is out of range; it must be {low} to {high} {unit}")
 
 
+_NO_NODES = "no memory node is named; leave it out for one that is embedded on this host"
 SETTINGS = tuple(PolarConfig.__struct_encode_fields__)
 _HELP = {
     "nodes": "Memory nodes, host:port, comma-separated. None: one is embedded on this host.",
@@ -177,7 +179,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--enable-polarkv`` and one flag per setting."""
     group = parser.add_argument_group("PolarKV")
     group.add_argument(
-        "--enable-polarkv",
+        ENABLE_FLAG,
         action="store_true",
         help="Keep evicted KV cache in a distributed memory pool and bring it back from there.",
     )
@@ -226,10 +228,15 @@ def load_config(
 
 
 def build_config(values: Mapping[str, object]) -> PolarConfig:
-    """A PolarConfig from plain values; ConfigError instead of msgspec's own error."""
+    """A PolarConfig from plain values; ConfigError instead of msgspec's own error.
+
+    An empty list of nodes is an error too: it is what is left of a list whose value was lost on its way.
+    """
     for name in values:
         if name not in SETTINGS:
             raise ConfigError(f"setting {name!r} is unknown; known are {', '.join(SETTINGS)}")
+    if "nodes" in values and not values["nodes"]:
+        raise ConfigError(f"nodes: {_NO_NODES}")
     try:
         return msgspec.convert(values, PolarConfig)
     except msgspec.ValidationError as error:
@@ -257,7 +264,10 @@ def _parse(setting: str, text: str, source: str) -> object:
     try:
         match setting:
             case "nodes":
-                return tuple(part.strip() for part in text.split(",") if part.strip())
+                nodes = tuple(part.strip() for part in text.split(",") if part.strip())
+                if not nodes:
+                    raise ConfigError(f"{text!r}: {_NO_NODES}")
+                return nodes
             case "capacity" | "blend_arena":
                 return parse_bytes(text)
             case (

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sglang.srt.environ import envs
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from polarkv_sglang import compat
 from polarkv_sglang.accounting import TokenSources, accounting_streamer
@@ -18,15 +16,14 @@ from polarkv_sglang.plugin import BACKEND, config_of
 from polarkv_sglang.radix.cache import PolarRadixCache
 from polarkv_sglang.runtime import current_runtime, start_runtime
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
-    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
     from polarkv_sglang.blend.forward import PassCounts
     from polarkv_sglang.radix.direct import DirectRadixCache
@@ -42,13 +39,11 @@ def create_cache(context: TreeCacheBuildContext) -> PolarRadixCache:
     config = config_of(context.server_args)
     if config is None:
         raise ConfigError(f"--radix-cache-backend {BACKEND} is chosen by --enable-polarkv, not by itself")
-    compat.check_surfaces(compat.ENGINE_SURFACES)
-    _hook_scheduler()
     runtime = start_runtime(config)
     cache: PolarRadixCache = create_unified_radix_cache(
         context, cache_class=functools.partial(PolarRadixCache, runtime=runtime)
     )
-    runtime.bind_model(context.tp_worker.model_runner)
+    attach(cache, context.tp_worker.model_runner)
     if config.blend != "off":
         from polarkv_sglang.blend.start import start_blending
 
@@ -65,61 +60,50 @@ def create_direct_cache(factory: Callable[..., object], context: TreeCacheBuildC
 
     config = config_of(context.server_args)
     assert config is not None
-    compat.check_surfaces(compat.ENGINE_SURFACES + compat.DIRECT_SURFACES)
+    runtime = start_runtime(config)
+    cache = factory(context, cache_class=functools.partial(DirectRadixCache, runtime=runtime))
+    assert isinstance(cache, DirectRadixCache)
+    attach(cache, context.tp_worker.model_runner)
+    return cache
+
+
+def attach(cache: UnifiedRadixCache, model_runner: ModelRunner) -> None:
+    """Let a cache share KV: follow weight updates, count tokens by source, and name the model's weights.
+
+    For forks that build their caches: ``cache`` is one of ours, or SGLang's own with PolarStorage below it.
+    Of the latter it is not known what it holds after an update: its KV stays local from the first one on.
+    Updates are followed that go through SGLang's ``SchedulerWeightUpdaterManager``.
+
+    Called once, where SGLang makes its cache, by all ranks. Until then nothing is shared. Raises
+    IncompatibleSGLang, or ConfigError if it is too late to follow updates.
+    """
+    compat.check_surfaces(compat.ENGINE_SURFACES)
+    compat.apply_hooks({compat.STREAMER_CLASS: _choose_streamer, compat.BATCH_RESULT: _see_batch})
+    if isinstance(cache, PolarRadixCache):
+        runtime = cache.runtime
+        _follow_direct_loads(cache)
+    else:
+        runtime = current_runtime()
+        runtime.kv_dtype = str(cache.token_to_kv_pool_allocator.get_kvcache().dtype)
+    runtime.bind_model(model_runner)
+
+
+def _follow_direct_loads(cache: PolarRadixCache) -> None:
+    """Hook what direct mode needs of a scheduler; does nothing for other caches."""
+    from polarkv_sglang.radix.direct import DirectRadixCache
+
+    if not isinstance(cache, DirectRadixCache):
+        return
+    compat.check_surfaces(compat.DIRECT_SURFACES)
     # A pass may compute with bytes that turn out to be wrong and are not numbers. What it samples is dropped,
     # but sampling must not end the engine.
     envs.SGLANG_SANITIZE_NAN_LOGITS.set(True)
-    _hook_scheduler()
     hooks: dict[str, Callable[..., object]] = {
         compat.CHUNKED_ABORT: _keep_chunked,
         compat.PREFILL_BATCH: _choose_prefill,
         compat.ABORT: _note_abort,
     }
-    for target, hook in hooks.items():
-        HookRegistry.register(target, hook, HookType.AROUND)
-    HookRegistry.apply_hooks()
-    compat.check_hooks(hooks)
-    runtime = start_runtime(config)
-    cache = factory(context, cache_class=functools.partial(DirectRadixCache, runtime=runtime))
-    assert isinstance(cache, DirectRadixCache)
-    runtime.bind_model(context.tp_worker.model_runner)
-    return cache
-
-
-def _hook_scheduler() -> None:
-    for target in compat.WEIGHT_CHANGES:
-        HookRegistry.register(target, _change_weights, HookType.AROUND)
-    HookRegistry.register(compat.STREAMER_CLASS, _choose_streamer, HookType.AFTER)
-    HookRegistry.register(compat.BATCH_RESULT, _see_batch, HookType.AFTER)
-    HookRegistry.apply_hooks()
-    hooks = dict.fromkeys(compat.WEIGHT_CHANGES, _change_weights)
-    compat.check_hooks({**hooks, compat.STREAMER_CLASS: _choose_streamer, compat.BATCH_RESULT: _see_batch})
-
-
-def _change_weights(
-    change: Callable[..., object], updater: SchedulerWeightUpdaterManager, request: object
-) -> object:
-    """Around whatever changes weights: nothing is shared from before it until the cache holds no old KV."""
-    cache = updater.scheduler.tree_cache if updater.scheduler is not None else None
-    if not isinstance(cache, PolarRadixCache):
-        return change(updater, request)
-    guard = cache.runtime.weights
-    before = guard.current
-    guard.suspend()
-    cache.drain_storage()
-    result = change(updater, request)
-    # In an open session more weights come, some of them by RDMA and without a call.
-    if updater._session is None:
-        # A failed update or a look at the weights leaves them, and so the cached KV, as they were.
-        unchanged = guard.name() == before
-        idle = updater.is_fully_idle(ignore_waiting=updater.scheduler._engine_paused)
-        if unchanged or (cache.is_clean and idle):
-            guard.adopt()
-        else:
-            logger.warning(
-                "PolarKV: weights changed and the cache was not flushed; KV stays local until it is"
-            )
-    return result
+    compat.apply_hooks(hooks, around=True)
 
 
 def _choose_streamer(

@@ -17,12 +17,14 @@ from uuid import uuid4
 
 from polarkv_sglang import compat
 from polarkv_sglang.accounting import flatten_meta_info
-from polarkv_sglang.config import PolarConfig, add_flags, build_config, from_flags
+from polarkv_sglang.config import ENABLE_FLAG, PolarConfig, add_flags, build_config, from_flags
 from polarkv_sglang.direct_flags import use_linker
-from polarkv_sglang.errors import ConfigError, PolarError
+from polarkv_sglang.doctor.surfaces import not_seen
+from polarkv_sglang.errors import ConfigError, IncompatibleSGLang, PolarError, end_with
 from polarkv_sglang.pool.nodes import read_nodes
 from polarkv_sglang.transport.control import NodeTimeout
 from polarkv_sglang.transport.tls import client_tls
+from polarkv_sglang.ucx_check import check_ucx
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -40,7 +42,18 @@ _hosts = 1  # that the engine runs on
 
 
 def activate() -> None:
-    """Register our hooks; called by SGLang's plugin loader in each of its processes."""
+    """Register our hooks; called by SGLang's plugin loader in each of its processes.
+
+    On an SGLang that lacks what that takes we stay out, and if PolarKV was asked for the process ends with
+    one line: the loader would print a trace and go on, and argparse would not know the flag.
+    """
+    try:
+        compat.check_surfaces(compat.PLUGIN_SURFACES)
+    except IncompatibleSGLang as error:
+        if ENABLE_FLAG in sys.argv:
+            end_with(error)
+        logger.warning("PolarKV stays out: %s", error)
+        return
     from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -76,10 +89,8 @@ def server_args(*, polarkv: dict[str, object] | PolarConfig | None = None, **set
 def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     """Make an unresolved ServerArgs use PolarKV; starts or joins the embedded memory node if none is named.
 
-    Raises ConfigError for flags that contradict each other, IncompatibleSGLang, NodeError.
+    Raises ConfigError for flags that contradict each other or cannot be used, IncompatibleSGLang, NodeError.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     global _enabled, _hosts
     compat.check_surfaces(compat.LAUNCH_SURFACES)
     compat.check_hooks(_LAUNCH_HOOKS)
@@ -89,22 +100,34 @@ def enable(arguments: ServerArgs, config: PolarConfig) -> None:
     client_tls(config.tls_cert, config.tls_key, config.tls_ca)
     if config.nodes_file is not None:
         read_nodes(Path(config.nodes_file))
+    if config.ucx_tls is not None or config.ucx_library is not None:
+        check_ucx(tls=config.ucx_tls, library=config.ucx_library)
     if config.mode == "direct":
         use_linker(arguments)
     else:
         _use_hicache(arguments, config)
+    _check_scheduler_surfaces(config)
     if not (config.nodes or config.nodes_file):
         if arguments.nnodes > 1:
             raise ConfigError(
                 f"an engine on {arguments.nnodes} hosts needs memory nodes that all of them reach; "
-                "name them by --polarkv-nodes"
+                "name them by --polarkv-nodes or --polarkv-nodes-file"
             )
         config = _with_embedded_node(config)
     setattr(arguments, _CONFIG_ATTRIBUTE, config)
-    HookRegistry.register(compat.META_INFO, flatten_meta_info, HookType.AFTER)
-    HookRegistry.apply_hooks()
-    compat.check_hooks({compat.META_INFO: flatten_meta_info})
+    compat.apply_hooks({compat.META_INFO: flatten_meta_info})
     _enabled, _hosts = True, arguments.nnodes
+
+
+def _check_scheduler_surfaces(config: PolarConfig) -> None:
+    """Raise IncompatibleSGLang for what the schedulers will need and SGLang does not have."""
+    # SGLang is about to import the modules of these anyway.
+    compat.check_surfaces(compat.ENGINE_SURFACES)
+    if config.mode == "direct":
+        compat.check_surfaces(compat.DIRECT_SURFACES)
+    if config.blend != "off":
+        # Of these it imports some in schedulers only, since they make CUDA start: the source tells as well.
+        compat.check_surfaces(not_seen(compat.BLEND_SURFACES))
 
 
 def _use_hicache(arguments: ServerArgs, config: PolarConfig) -> None:
@@ -159,24 +182,28 @@ _lifelines: list[object] = []  # connections that keep embedded nodes alive as l
 
 def _storage_config(given: str | None) -> str:
     """HiCache's extra config with our storage class in it; the user's own keys stay."""
-    if given is not None and given.startswith("@"):
-        raise ConfigError(
-            f"--hicache-storage-backend-extra-config {given}: with --enable-polarkv give JSON, no file"
-        )
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+
     try:
-        values = json.loads(given) if given else {}
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--hicache-storage-backend-extra-config is not JSON: {error}") from error
-    return json.dumps(
-        {
-            **values,
-            "backend_name": BACKEND,
-            "module_path": "polarkv_sglang.hicache.storage",
-            "class_name": "PolarStorage",
-            "interface_v1": 1,
-            "hicache_storage_pass_prefix_keys": True,  # a page's place in its prefix decides its memory node
-        }
-    )
+        # JSON, or @ and a file of JSON, TOML or YAML: what SGLang takes, it takes.
+        parse = HybridCacheController.parse_storage_backend_extra_config
+        values, threshold, timeout_base, timeout_per_ki_token, _ = parse(given)
+        return json.dumps(
+            {
+                **values,
+                "prefetch_threshold": threshold,
+                "prefetch_timeout_base": timeout_base,
+                "prefetch_timeout_per_ki_token": timeout_per_ki_token,
+                "hicache_storage_pass_prefix_keys": True,  # a page's place in its prefix decides its node
+                "backend_name": BACKEND,
+                "module_path": "polarkv_sglang.hicache.storage",
+                "class_name": "PolarStorage",
+                "interface_v1": 1,
+            }
+        )
+    except Exception as error:  # each format has its own
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--hicache-storage-backend-extra-config {given}: {reason}") from error
 
 
 def _add_flags(_result: None, parser: argparse.ArgumentParser) -> None:
@@ -189,9 +216,7 @@ def _take_flags(arguments: ServerArgs, _cls: type, args: argparse.Namespace) -> 
     try:
         enable(arguments, from_flags(args))
     except PolarError as error:
-        # As argparse ends for a wrong flag: one line, no trace, before any model is loaded.
-        print(f"polarkv: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        end_with(error)
 
 
 def _name_adapter(original: object, lora_name: str, lora_path: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polarkv_sglang.config import PolarConfig, load_config
+from polarkv_sglang.errors import ConfigError
 from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.transport.tls import client_tls
 from polarkv_sglang.weights import WeightsGuard, WeightsIdentity, identify_model
@@ -37,7 +38,17 @@ class PolarRuntime:
         self._lock = threading.Lock()
 
     def bind_model(self, runner: ModelRunner) -> None:
-        """Name the weights that the engine was started with. A collective over all ranks."""
+        """Name the weights that the engine was started with, and follow their updates from now on.
+
+        Called once, by ``polarkv_sglang.engine.attach``; a collective over all ranks. Raises ConfigError or
+        IncompatibleSGLang if updates cannot be followed: KV then has no name, and nothing is shared.
+        """
+        from polarkv_sglang.weight_updates import follow_updates
+
+        if self._model_runner is not None:
+            # What is cached may be of weights that were there before.
+            raise ConfigError("a model is bound to PolarKV's runtime already; attach one cache, once")
+        follow_updates()
         self._model_runner = runner
         self.weights.name()
         self.weights.adopt()
@@ -80,6 +91,11 @@ def start_runtime(config: PolarConfig) -> PolarRuntime:
     """Make this process's runtime; the plugin does so before SGLang builds the cache."""
     global _runtime
     _runtime = PolarRuntime(config)
+    return _runtime
+
+
+def started_runtime() -> PolarRuntime | None:
+    """This process's runtime, if it has one by now."""
     return _runtime
 
 

@@ -39,6 +39,7 @@ class WeightsGuard:
     def __init__(self, identify: Callable[[], WeightsIdentity]) -> None:
         self._identify = identify
         self._named: WeightsIdentity | None = None
+        self._ended = False
         self.current: WeightsIdentity | None = None
 
     def suspend(self) -> None:
@@ -52,9 +53,14 @@ class WeightsGuard:
 
     def adopt(self) -> None:
         """Share under the named weights; called when no KV of other weights is cached or in flight."""
-        if self._named is not None and self.current is None:
+        if self._named is not None and self.current is None and not self._ended:
             self.current = self._named
             logger.info("PolarKV: weights %s", self.current.fingerprint[:16])
+
+    def end(self) -> None:
+        """Share nothing any more, whatever is named later."""
+        self._ended = True
+        self.suspend()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -104,6 +104,8 @@ def test_every_setting_is_a_flag_a_variable_and_a_key(
         (["--polarkv-nodes", "10.0.0.4"], "10.0.0.4"),
         (["--polarkv-nodes", "h:99999"], "h:99999"),
         (["--polarkv-nodes", "a:1,a:1"], "twice"),
+        (["--polarkv-nodes", ""], "--polarkv-nodes: '': no memory node is named"),
+        (["--polarkv-nodes", " , "], "no memory node is named; leave it out"),
         (["--polarkv-nodes", "a:1", "--polarkv-nodes-file", "/etc/nodes"], "both given"),
         (["--polarkv-copies", "4"], "copies 4"),
         (["--polarkv-capacity", "much"], "much"),
@@ -141,6 +143,18 @@ def test_an_unknown_variable_or_key_is_named(tmp_path: Path) -> None:
     file.write_text('deadline = ["1"]\n')
     with pytest.raises(ConfigError, match="deadline"):
         load_config(file=str(file))
+
+
+def test_an_empty_list_of_nodes_is_not_taken_for_none(tmp_path: Path) -> None:
+    for text in ("", ","):
+        with pytest.raises(ConfigError, match=f"POLARKV_NODES: '{text}': no memory node is named"):
+            load_config(environ={"POLARKV_NODES": text})
+    file = tmp_path / "polarkv.toml"
+    file.write_text("nodes = []\n")
+    with pytest.raises(ConfigError, match="nodes: no memory node is named"):
+        load_config(file=str(file))
+    with pytest.raises(ConfigError, match="nodes: no memory node is named"):
+        build_config({"nodes": []})
 
 
 def test_variables_of_other_parts_are_left_alone() -> None:

@@ -21,11 +21,11 @@ DOCUMENTS = [
     *ROOT.glob("benchmarks/*.md"),
     *ROOT.glob("examples/*.md"),
 ]
-COMMANDS = ("node", "status", "doctor", "bench")
+COMMANDS = ("node", "status", "doctor", "bench", "blend-check")
 
 _LINK = re.compile(r"\[[^]]*\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
-_COMMAND = re.compile(r"\bpolarkv (\w+)((?:[^\n`#\\]|\\\n)*)")
+_COMMAND = re.compile(r"\bpolarkv ([\w-]+)((?:[^\n`#\\]|\\\n)*)")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from sglang.srt.lora.lora_registry import LoRARef
+from sglang.srt.mem_cache import registry
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
@@ -58,6 +61,22 @@ def test_enabled_it_is_hicaches_storage_and_keeps_hicaches_flags() -> None:
     extra = json.loads(arguments.hicache_storage_backend_extra_config or "")
     assert extra["prefetch_threshold"] == 64
     assert extra["hicache_storage_pass_prefix_keys"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("extra.json", '{"prefetch_threshold": 64, "mine": {"a": 1}}'),
+        ("extra.toml", "prefetch_threshold = 64\n[mine]\na = 1\n"),
+        ("extra.yaml", "prefetch_threshold: 64\nmine: {a: 1}\n"),
+    ],
+)
+def test_hicaches_extra_config_may_be_a_file(tmp_path: Path, name: str, text: str) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    arguments = launch("--enable-polarkv", *NODES, "--hicache-storage-backend-extra-config", f"@{file}")
+    extra = json.loads(arguments.hicache_storage_backend_extra_config or "")
+    assert (extra["prefetch_threshold"], extra["mine"], extra["backend_name"]) == (64, {"a": 1}, "polarkv")
 
 
 def test_spill_mode_evict_writes_back() -> None:
@@ -119,16 +138,17 @@ def test_settings_travel_to_the_schedulers_and_the_token_is_not_printed() -> Non
         (("--disable-radix-cache",), "--disable-radix-cache"),
         (("--hicache-storage-backend", "file"), "--hicache-storage-backend file"),
         (("--radix-cache-backend", "flexkv"), "flexkv"),
-        (("--hicache-storage-backend-extra-config", "@x.json"), "@x.json"),
-        (("--hicache-storage-backend-extra-config", "{"), "not JSON"),
+        (("--hicache-storage-backend-extra-config", "@x.json"), "@x.json: [Errno 2] No such file"),
+        (("--hicache-storage-backend-extra-config", "{"), "extra-config {: Expecting property name"),
+        (("--hicache-storage-backend-extra-config", '{"prefetch_threshold": "few"}'), "must be int, got str"),
+        (("--polarkv-ucx-tls", "cma"), "ucx_tls 'cma': UCX transports 'cma' lack tcp"),
+        (("--polarkv-ucx-library", "/nowhere/libucp.so.0"), "/nowhere/libucp.so.0"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
     flags: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "flexkv" in flags:
-        from sglang.srt.mem_cache import registry
-
         registry._RADIX_CACHE_REGISTRY.setdefault("flexkv", lambda _: None)
     with pytest.raises(SystemExit) as exit_:
         launch("--enable-polarkv", *NODES, *flags)
@@ -152,6 +172,48 @@ def test_an_sglang_without_a_surface_is_refused_by_name_and_version(monkeypatch:
     monkeypatch.delattr(UnifiedRadixCache, "write_backup_storage")
     with pytest.raises(IncompatibleSGLang, match=r"SGLang 0\.5\.\d+ has no .*write_backup_storage"):
         compat.check_surfaces(compat.ENGINE_SURFACES)
+
+
+@pytest.mark.parametrize(
+    ("needed_by", "flags"),
+    [
+        ("ENGINE_SURFACES", ()),
+        ("DIRECT_SURFACES", ("--polarkv-mode", "direct")),
+        ("BLEND_SURFACES", ("--polarkv-blend",)),
+    ],
+)
+def test_an_sglang_that_differs_for_its_schedulers_is_refused_before_there_are_any(
+    needed_by: str,
+    flags: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    absent = compat.Surface("sglang.srt.managers.schedule_policy.PrefillAdder.add_two_reqs")
+    monkeypatch.setattr(compat, needed_by, (*getattr(compat, needed_by), absent))
+    with pytest.raises(SystemExit):
+        launch("--enable-polarkv", *NODES, *flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"polarkv: error: SGLang \S+ has no {absent.path}, which PolarKV .*", said)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_sglang_that_the_plugin_does_not_fit_is_named_if_it_was_asked_for(
+    asked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delattr(registry, "register_radix_cache_backend")
+    monkeypatch.setattr(sys, "argv", ["launch_server", *(["--enable-polarkv"] if asked else [])])
+    expected = r"SGLang \S+ has no \S+\.register_radix_cache_backend, which PolarKV \S+ needs; .*0\.5\.23"
+    if asked:
+        with pytest.raises(SystemExit) as exit_:
+            plugin.activate()
+        assert exit_.value.code == 2
+        assert re.match(f"polarkv: error: {expected}", capsys.readouterr().err)
+    else:
+        plugin.activate()
+        assert re.search(f"PolarKV stays out: {expected}", caplog.text)
 
 
 def test_an_sglang_with_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from examples.common.processes import Process, accepts, engine
 from examples.multiturn.presets import Preset
-from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.errors import ConfigError
 
 BASELINE = "radix"
@@ -190,8 +189,6 @@ SYSTEMS = {
 
 def unavailable(name: str, mooncake_python: Path | None) -> str | None:
     """Why a system cannot be run here; None if it can."""
-    if name == POLARKV_DIRECT and "mode" not in PolarConfig.__struct_fields__:
-        return "this PolarKV has no direct mode"
     if name == "mooncake":
         python = mooncake_python or Path(sys.executable)
         if not python.is_file():

@@ -93,5 +93,5 @@ class BlockNames:
 def _warn_unbound() -> None:
     logger.warning(
         "PolarKV: the storage is used, but no model was bound to it, so nothing is shared; "
-        "make the cache by polarkv_sglang.engine.create_cache, or call runtime.bind_model"
+        "make the cache by polarkv_sglang.engine.create_cache, or give it to polarkv_sglang.engine.attach"
     )

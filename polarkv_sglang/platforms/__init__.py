@@ -8,20 +8,38 @@ SGLang's own CPU platform needs Intel's AMX kernels. Where neither those nor an 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from typing import Final
 
-from polarkv_sglang.errors import ConfigError
+from polarkv_sglang.compat import Surface, check_surfaces
+from polarkv_sglang.doctor.surfaces import not_seen
+from polarkv_sglang.errors import ConfigError, IncompatibleSGLang, end_with
+
+logger = logging.getLogger(__name__)
 
 PLATFORM_CLASS: Final = "polarkv_sglang.platforms.cpu:PolarCpuPlatform"
+# What that class is made of.
+_SURFACES: Final = (
+    Surface("sglang.srt.platforms.cpu.CpuDeviceMixin"),
+    Surface("sglang.srt.platforms.device_mixin.PlatformEnum"),
+    Surface("sglang.srt.platforms.interface.PlatformCapabilities"),
+    Surface("sglang.srt.platforms.interface.SRTPlatform"),
+)
 
 
 def activate() -> str | None:
     """The path of our platform's class, or None to stay out; SGLang's entry point (``sglang.srt.platforms``).
 
-    Raises ConfigError if ``POLARKV_CPU_PLATFORM`` is neither 0 nor 1.
+    Ends the process with one line if ``POLARKV_CPU_PLATFORM`` is neither 0 nor 1: an exception would be
+    logged, and SGLang go on with a platform that nobody asked for.
     """
     if not _switched_on() or _sglang_has_a_platform():
+        return None
+    try:
+        check_surfaces(not_seen(_SURFACES))  # by its source: SGLang is being imported
+    except IncompatibleSGLang as error:
+        logger.warning("PolarKV's CPU platform stays out: %s", error)
         return None
     return PLATFORM_CLASS
 
@@ -60,7 +78,9 @@ def share_cores() -> None:
 def _switched_on() -> bool:
     value = os.environ.get("POLARKV_CPU_PLATFORM", "1")
     if value not in ("0", "1"):
-        raise ConfigError(f"POLARKV_CPU_PLATFORM={value!r}: use 0 (off) or 1 (on where nothing better is)")
+        end_with(
+            ConfigError(f"POLARKV_CPU_PLATFORM={value!r}: use 0 (off) or 1 (on where nothing better is)")
+        )
     return value == "1"
 
 

@@ -4,22 +4,17 @@ from itertools import combinations, islice
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from examples.common.conversations import CONVERSATIONS, Session, cut, encode, fresh_prompts
 from examples.demo.play import MAX_NEW_TOKENS, PAGE_TOKENS
 from examples.smollm2 import prepare
+from tests.examples.byte_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A token for each byte, and ChatML's two."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={symbol: n for n, symbol in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
-    return made
+    return byte_tokenizer()
 
 
 def test_cut_keeps_whole_leading_paragraphs(tokenizer):

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from polarkv_sglang.compat import check_surfaces
+from polarkv_sglang import platforms
+from polarkv_sglang.compat import Surface, check_surfaces
 from polarkv_sglang.platforms.hooks import SURFACES
 
 pytestmark = pytest.mark.skipif(
@@ -62,9 +63,21 @@ def test_where_something_better_is_ours_stays_out(setup: str, environment: dict[
     assert _python(setup + ACTIVATE, **environment).stdout.strip() == "None"
 
 
-def test_an_unknown_setting_is_an_error_that_names_it() -> None:
-    result = _python(ACTIVATE, POLARKV_CPU_PLATFORM="yes")
-    assert "ConfigError: POLARKV_CPU_PLATFORM='yes': use 0 (off) or 1" in result.stderr
+def test_an_unknown_setting_ends_sglang_with_one_line_that_names_it() -> None:
+    result = _python("from sglang.srt.platforms import current_platform", POLARKV_CPU_PLATFORM="yes")
+    assert result.returncode == 2
+    assert "polarkv: error: POLARKV_CPU_PLATFORM='yes': use 0 (off) or 1" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_an_sglang_that_differs_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert platforms.activate() == OURS
+    absent = Surface("sglang.srt.platforms.interface.SRTPlatform.fly")
+    monkeypatch.setattr(platforms, "_SURFACES", (*platforms._SURFACES, absent))
+    assert platforms.activate() is None
+    assert f"has no {absent.path}, which PolarKV" in caplog.text
 
 
 def test_sglang_takes_our_platform_and_its_hooks() -> None:
