@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import random
@@ -99,6 +100,14 @@ def running_node(
         finally:
             watchdog.cancel()
             process.kill()
+
+
+@contextlib.contextmanager
+def running_nodes(count: int, *arguments: str) -> Iterator[list[RunningNode]]:
+    """Several that are like running_node(*arguments) and start at once."""
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(count) as threads:
+        nodes = [running_node(*arguments) for _ in range(count)]
+        yield list(threads.map(stack.enter_context, nodes))
 
 
 def free_port() -> int:

@@ -27,7 +27,7 @@ from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.weights import WeightsIdentity
 from tests.engine.servers import prompt
 from tests.pool.rank import DEADLINE_S, flip_a_byte
-from tests.support import RunningNode, running_node
+from tests.support import RunningNode, running_node, running_nodes
 
 PAGE, WINDOW, STRIPE, BLOCK_BYTES = 4, 8, 8, 4096
 DIGEST = bytes(range(32))
@@ -136,13 +136,13 @@ def tokens_of(found: list[Arrived]) -> int:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[tuple[RunningNode, RunningNode]]:
-    with running_node() as one, running_node() as other:
-        yield one, other
+def nodes() -> Iterator[list[RunningNode]]:
+    with running_nodes(2) as nodes:
+        yield nodes
 
 
 @pytest.fixture
-def pair(nodes: tuple[RunningNode, RunningNode]) -> Iterator[tuple[Engine, Engine]]:
+def pair(nodes: list[RunningNode]) -> Iterator[tuple[Engine, Engine]]:
     addresses = [node.address for node in nodes]
     with engine(*addresses) as writer, engine(*addresses) as reader:
         yield writer, reader

@@ -14,9 +14,10 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.mark.timeout(320)
-def test_passes_keep_their_promises() -> None:
+@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_passes_keep_their_promises(part: str) -> None:
     files = [str(FOLDER / name) for name in ("scheduling.py", "passes.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", part, *files]
     # So small operations cost more in threads that wait for each other than they take.
     process = subprocess.run(
         command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from examples.common import tiny_models
 from tests.engine.servers import Server, prompt, running_server
+from tests.pool.test_embedded import eventually, is_gone
 from tests.support import running_node
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -25,6 +27,8 @@ FLAGS = (
     "none",
     "--chunked-prefill-size",
     "256",
+    "--polarkv-capacity",
+    "256MiB",
 )
 # With more threads than cores, those of small operations wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -36,12 +40,22 @@ class Answer(NamedTuple):
     sources: dict[str, int]
 
 
+@pytest.fixture(scope="module")
+def runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the embedded memory node is found: not where this user's own engines look for one."""
+    return tmp_path_factory.mktemp("runtime")
+
+
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["TP=1", "TP=2"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Without a pool address: with an embedded memory node."""
     folder = tmp_path_factory.mktemp("blending")
     model = tiny_models.build("llama", folder / "llama", dtype=torch.float32)
     flags = (*FLAGS, "--tp", str(request.param))
-    with running_server(model, folder / "server.log", *flags, environment=ONE_THREAD) as running:
+    environment = ONE_THREAD | {"POLARKV_RUNTIME_DIR": str(runtime_folder)}
+    with running_server(model, folder / "server.log", *flags, environment=environment) as running:
         yield running
 
 
@@ -134,6 +148,16 @@ def test_documents_that_only_the_pool_has_are_blended(server: Server) -> None:
     exact = ask(server, asked)
     assert (exact.cached_tokens, exact.sources["blended"]) == (0, 0)
     assert exact.output_ids == whole.output_ids
+
+
+def test_the_embedded_node_ends_with_the_last_engine_however_that_ends(
+    server: Server, runtime_folder: Path
+) -> None:
+    """Last: the module's server does not survive it."""
+    pid = json.loads((runtime_folder / "node.json").read_text())["pid"]
+    assert not is_gone(pid)
+    server.kill()
+    eventually(lambda: is_gone(pid))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.commands import COMMAND, absent_address, environment, polarkv, ucx_without_tools
+from tests.cli.commands import COMMAND, absent_address, environment, polarkv, polarkv_each, ucx_without_tools
 from tests.support import running_node
 
 SMALL = ("--json", "--repeats", "1", "--memory", "64MiB")
@@ -122,25 +122,25 @@ def test_ended_bench_leaves_no_process_behind(number: int) -> None:
     assert (len(gone), alive) == (len(nodes), [])
 
 
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (("--sizes", "big"), "size 'big' is not understood"),
-        (("--sizes", "0"), "--sizes has a block of 0 bytes"),
-        (("--batches", "0"), "--batches '0' is not a number of blocks from 1 to 8192"),
-        (("--transport", "pigeon"), "--transport 'pigeon' is unknown; known are all, shm, cma, tcp, rdma"),
-        (("--transport", "rdma"), "--transport rdma: UCX offers "),
-        (("--memory", "1MiB"), "--memory 1MiB is below 64 MiB"),
-        (("--repeats", "0"), "--repeats 0 is below 1"),
-        (("--index", "--nodes", "10.0.0.4:7411"), "leave --nodes out"),
-        (("--nodes", "nowhere"), "pool node 'nowhere' is not host:port"),
-        (("--plot", "layers.png"), "write polarkv bench direct"),
-    ],
-)
-def test_wrong_flag_is_one_line_that_names_it(flags: tuple[str, ...], complaint: str) -> None:
-    done = polarkv("bench", *flags)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert complaint in done.stderr
+WRONG_FLAGS = [
+    (("--sizes", "big"), "size 'big' is not understood"),
+    (("--sizes", "0"), "--sizes has a block of 0 bytes"),
+    (("--batches", "0"), "--batches '0' is not a number of blocks from 1 to 8192"),
+    (("--transport", "pigeon"), "--transport 'pigeon' is unknown; known are all, shm, cma, tcp, rdma"),
+    (("--transport", "rdma"), "--transport rdma: UCX offers "),
+    (("--memory", "1MiB"), "--memory 1MiB is below 64 MiB"),
+    (("--repeats", "0"), "--repeats 0 is below 1"),
+    (("--index", "--nodes", "10.0.0.4:7411"), "leave --nodes out"),
+    (("--nodes", "nowhere"), "pool node 'nowhere' is not host:port"),
+    (("--plot", "layers.png"), "write polarkv bench direct"),
+]
+
+
+def test_wrong_flag_is_one_line_that_names_it() -> None:
+    each = polarkv_each([("bench", *flags) for flags, _ in WRONG_FLAGS])
+    for done, (flags, complaint) in zip(each, WRONG_FLAGS, strict=True):
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), flags
+        assert complaint in done.stderr
 
 
 @pytest.mark.slow

@@ -1,69 +1,54 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-import pytest
 
 import polarkv_sglang
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.tls import client_context
 from tests.certificates import Authority
+from tests.cli.commands import polarkv, polarkv_each
 from tests.support import running_node
 
 TLS_OF_NOBODY = ["--tls-cert", "/dev/null", "--tls-key", "/dev/null", "--tls-ca", "/nowhere/ca.pem"]
 
 
-def polarkv(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "polarkv_sglang.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment or None,
-    )
-
-
 def test_version_is_that_of_the_package():
-    done = polarkv(["--version"])
+    done = polarkv("--version")
     assert (done.returncode, done.stdout) == (0, f"polarkv {polarkv_sglang.__version__}\n")
 
 
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--capacity", "much"], "size 'much' is not understood"),
-        (["--capacity", "1MiB"], "capacity 1.0 MiB is below one segment of 2.0 MiB"),
-        (["--capacity", "64MiB", "--segment", "5000"], "segment 5000 B is not a positive multiple of 4096"),
-        (["--capacity", "64MiB", "--listen", "here"], "--listen 'here' is not HOST:PORT"),
-        (["--capacity", "64MiB", "--token", ""], "--token is empty"),
-        (["--capacity", "64MiB", "--ucx-tls", "cma"], "add tcp"),
-        (["--capacity", "64MiB", "--ucx-library", "/nowhere/libucp.so.0"], "/nowhere/libucp.so.0"),
-        (["--capacity", "64MiB", "--tls-cert", "cert.pem"], "no tls-key and no tls-ca; give all three"),
-        (["--capacity", "64MiB", *TLS_OF_NOBODY], "/nowhere/ca.pem cannot be read: No such file"),
-        (["--capacity", "64MiB", "--listen", "192.0.2.1:7411"], "cannot listen on 192.0.2.1:7411"),
-    ],
-)
-def test_wrong_setting_is_one_line_that_names_it(flags: list[str], complaint: str):
-    done = polarkv(["node", *flags])
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("polarkv: ")
-    assert complaint in done.stderr
-    assert done.stderr.count("\n") == 1
+WRONG_SETTINGS = [
+    (["--capacity", "much"], "size 'much' is not understood"),
+    (["--capacity", "1MiB"], "capacity 1.0 MiB is below one segment of 2.0 MiB"),
+    (["--capacity", "64MiB", "--segment", "5000"], "segment 5000 B is not a positive multiple of 4096"),
+    (["--capacity", "64MiB", "--listen", "here"], "--listen 'here' is not HOST:PORT"),
+    (["--capacity", "64MiB", "--token", ""], "--token is empty"),
+    (["--capacity", "64MiB", "--ucx-tls", "cma"], "add tcp"),
+    (["--capacity", "64MiB", "--ucx-library", "/nowhere/libucp.so.0"], "/nowhere/libucp.so.0"),
+    (["--capacity", "64MiB", "--tls-cert", "cert.pem"], "no tls-key and no tls-ca; give all three"),
+    (["--capacity", "64MiB", *TLS_OF_NOBODY], "/nowhere/ca.pem cannot be read: No such file"),
+    (["--capacity", "64MiB", "--listen", "192.0.2.1:7411"], "cannot listen on 192.0.2.1:7411"),
+]
+
+
+def test_wrong_setting_is_one_line_that_names_it():
+    each = polarkv_each([("node", *flags) for flags, _ in WRONG_SETTINGS])
+    for done, (flags, complaint) in zip(each, WRONG_SETTINGS, strict=True):
+        assert (done.returncode, done.stdout) == (2, ""), flags
+        assert done.stderr.startswith("polarkv: ")
+        assert complaint in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_taken_ports_are_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = polarkv(["node", "--capacity", "64MiB", "--listen", f"127.0.0.1:{port}"])
+        done = polarkv("node", "--capacity", "64MiB", "--listen", f"127.0.0.1:{port}")
         assert done.returncode == 2
         assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
         flags = ["--listen", "127.0.0.1:0", "--metrics-port", port]
-        done = polarkv(["node", "--capacity", "64MiB", *flags])
+        done = polarkv("node", "--capacity", "64MiB", *flags)
         assert done.returncode == 2
         assert f"cannot serve metrics on 127.0.0.1:{port}" in done.stderr
 

@@ -14,7 +14,7 @@ from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import Commit, Locate, Peek, Reserve
 from tests.cli.commands import absent_address, polarkv
-from tests.support import running_node
+from tests.support import running_node, running_nodes
 
 
 def status(*arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -94,7 +94,7 @@ def test_where_a_node_is_out_is_counted_and_each_reason_told_once():
 
     down, unknown = absent_address(), "10.0.0.77:7411"
     with ExitStack() as stack:
-        nodes = [stack.enter_context(running_node()) for _ in range(2)]
+        nodes = stack.enter_context(running_nodes(2))
         for name, out in {
             "a": {down: f"memory node {down} is gone", nodes[1].address: "no lane"},
             "b": {down: f"memory node {down} is gone", unknown: "did not answer in time"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -20,6 +21,10 @@ from pathlib import Path
 from examples.common.client import Reply, generate
 
 READY_S = 240.0
+MODELS = {"llama", "qwen3", "glm4_moe", "deepseek_v2"}  # SGLang's files of those that tests serve
+# The two ways that SGLang offers to start a server.
+LAUNCH_SERVER = (sys.executable, "-m", "sglang.launch_server")
+SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,32 @@ class Server:
             time.sleep(0.25)
         raise AssertionError(f"only {reply.tiers} came from the pool\n{tail(self.log)}")
 
+    def wait_until_ready(self) -> None:
+        """Until it has answered its first request."""
+        end = time.monotonic() + READY_S
+        while time.monotonic() < end:
+            assert self.process.poll() is None, f"the server ended\n{tail(self.log)}"
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                self.get("/health")
+                return
+            time.sleep(0.5)
+        raise AssertionError(f"the server was not ready in {READY_S} s\n{tail(self.log)}")
+
+    def kill(self) -> None:
+        """SIGKILL for all its processes, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
 
 @contextlib.contextmanager
-def running_server(
+def starting_server(
     model: Path,
     log: Path,
     *flags: str,
     environment: Mapping[str, str] | None = None,
-    launcher: tuple[str, ...] = (sys.executable, "-m", "sglang.launch_server"),
+    launcher: tuple[str, ...] = LAUNCH_SERVER,
 ) -> Iterator[Server]:
-    """Start a server with ``--enable-polarkv`` and wait until it has answered its first request."""
+    """Start a server with ``--enable-polarkv`` and go on at once: several may start side by side."""
     port = _free_port()
     line = [*launcher, "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
     line += ["--enable-polarkv", "--page-size", "16", "--max-total-tokens", "4096"]
@@ -95,18 +116,44 @@ def running_server(
         line += ["--hicache-ratio", "2"]
     # Single precision: random weights have near ties, which half precision decides by a batch's shape.
     line += ["--dtype", "float32", "--enable-metrics", *flags]
-    environ = {**os.environ, **(environment or {})}
     with (
         log.open("wb") as file,
-        subprocess.Popen(line, env=environ, stdout=file, stderr=file, start_new_session=True) as process,
+        subprocess.Popen(
+            line, env=engine_environment(environment), stdout=file, stderr=file, start_new_session=True
+        ) as process,
     ):
         server = Server(port, process, log)
         try:
-            _wait_until_ready(server)
             yield server
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            server.kill()
+
+
+@contextlib.contextmanager
+def running_server(
+    model: Path,
+    log: Path,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    launcher: tuple[str, ...] = LAUNCH_SERVER,
+) -> Iterator[Server]:
+    """Start a server with ``--enable-polarkv`` and wait until it has answered its first request."""
+    with starting_server(model, log, *flags, environment=environment, launcher=launcher) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def engine_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Of a process that is an engine: ours, and ``added``."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    models = {file.stem for file in Path(spec.origin).with_name("srt").glob("models/*.py")}
+    assert models > MODELS
+    # SGLang imports the files of all models, 250 of them, in each process.
+    environment = os.environ | {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(models - MODELS)} | dict(added or {})
+    environment.pop("UCX_MEM_EVENTS", None)  # of `make test`
+    return environment
 
 
 def _free_port() -> int:
@@ -116,17 +163,6 @@ def _free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def _wait_until_ready(server: Server) -> None:
-    end = time.monotonic() + READY_S
-    while time.monotonic() < end:
-        assert server.process.poll() is None, f"the server ended\n{tail(server.log)}"
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            server.get("/health")
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"the server was not ready in {READY_S} s\n{tail(server.log)}")
 
 
 def tail(log: Path, lines: int = 40) -> str:

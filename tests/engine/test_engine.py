@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -12,13 +13,14 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from examples.common import tiny_models
-from tests.engine.servers import Server, prompt, running_server
+from tests.engine.script import ANSWER
+from tests.engine.servers import SGLANG_SERVE, Server, engine_environment, prompt, running_server, tail
 from tests.support import RunningNode, running_node
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -38,11 +40,61 @@ def node() -> Iterator[RunningNode]:
         yield running
 
 
+@dataclass(frozen=True)
+class Script:
+    """tests/engine/script.py in a process group of its own; it takes a while until its first answer."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def generate(self, prompt: list[int]) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Greedy continuation, and the sources of the prompt's tokens."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(prompt) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                answer = json.loads(line.removeprefix(ANSWER))
+                return tuple(answer["output_ids"]), answer["sources"]
+        raise AssertionError(f"the script ended\n{tail(self.log)}")
+
+    def end(self) -> int:
+        """Let it end its engine; its exit code."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def script(model: Path, node: RunningNode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
+    """It goes on starting while the server, which its test names after it, starts too."""
+    log = tmp_path_factory.mktemp("script") / "script.log"
+    command = [sys.executable, "-m", "tests.engine.script", str(model), node.address]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command,
+            env=engine_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield Script(process, log)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def server(model: Path, node: RunningNode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     flags = ("--polarkv-nodes", node.address, "--polarkv-deadline", str(DEADLINE_S))
-    with running_server(model, log, *flags) as running:
+    with running_server(model, log, *flags, launcher=SGLANG_SERVE) as running:
         yield running
 
 
@@ -53,29 +105,24 @@ def wait_for_blocks(node: RunningNode, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_what_one_server_computed_another_fetches(
-    server: Server, model: Path, node: RunningNode, tmp_path: Path
-) -> None:
+def test_what_one_engine_computed_another_fetches(script: Script, server: Server, node: RunningNode) -> None:
+    """One is a server, the other is used by a script."""
     asked = prompt(10, 800)
     first = server.generate(asked)
     wait_for_blocks(node, 800 // PAGE_TOKENS)
-    # The other is started the other way that SGLang offers.
-    serve = (str(Path(sys.executable).with_name("sglang")), "serve")
-    with running_server(
-        model, tmp_path / "other.log", "--polarkv-nodes", node.address, launcher=serve
-    ) as other:
-        second = other.generate(asked)
-        assert second.tiers is not None
-        assert second.tiers.l3 >= 784
-        assert second.output_ids == first.output_ids
-        # And the reverse.
-        held = node.statistics().blocks
-        back = other.generate(prompt(11, 800))
-        wait_for_blocks(node, held + 800 // PAGE_TOKENS)
-        reply = server.generate(prompt(11, 800))
-        assert reply.tiers is not None
-        assert reply.tiers.l3 >= 784
-        assert reply.output_ids == back.output_ids
+    output_ids, sources = script.generate(asked)
+    assert sources["l3"] >= 784
+    assert output_ids == first.output_ids
+    # And the reverse.
+    held = node.statistics().blocks
+    output_ids, sources = script.generate(prompt(11, 800))
+    assert sources["computed"] == 800
+    wait_for_blocks(node, held + 800 // PAGE_TOKENS)
+    reply = server.generate(prompt(11, 800))
+    assert reply.tiers is not None
+    assert reply.tiers.l3 >= 784
+    assert reply.output_ids == output_ids
+    assert script.end() == 0
 
 
 def test_metrics_count_every_prompt_token_by_source(server: Server) -> None:
@@ -142,74 +189,6 @@ def test_tenants_do_not_share(server: Server) -> None:
     assert ask()["computed"] == len(asked)
     server.flush()
     assert ask(extra_key="tenant A")["l3"] >= 624
-
-
-def test_an_engine_without_an_address_shares_an_embedded_node_that_ends_with_it(
-    model: Path, tmp_path: Path
-) -> None:
-    """As a script that uses sglang.Engine does it."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"""
-import json, sys
-import sglang
-from polarkv_sglang.plugin import server_args
-if __name__ == "__main__":
-    arguments = server_args(polarkv={{"capacity": 1 << 27}}, model_path={str(model)!r}, page_size=16,
-                            max_total_tokens=4096, hicache_ratio=2.0, log_level="error")
-    engine = sglang.Engine(server_args=arguments)
-    asked = {prompt(50, 640)!r}
-    greedy = {{"temperature": 0, "max_new_tokens": 8}}
-    first = engine.generate(input_ids=asked, sampling_params=greedy)
-    import time
-    time.sleep(1)
-    engine.flush_cache()
-    second = engine.generate(input_ids=asked, sampling_params=greedy)
-    record = json.load(open(sys.argv[1] + "/node.json"))
-    print("RESULT", json.dumps([first["output_ids"] == second["output_ids"],
-                                second["meta_info"]["polarkv"], record["pid"]]))
-    engine.shutdown()
-"""
-    )
-    environ = {**os.environ, "POLARKV_RUNTIME_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert results, done.stderr[-3000:]
-    equal, sources, node_pid = json.loads(results[0].removeprefix("RESULT"))
-    assert equal
-    assert sources["l3"] >= 624
-    end = time.monotonic() + 15
-    while psutil.pid_exists(node_pid) and psutil.Process(node_pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end, "the embedded node outlived its last engine"
-        time.sleep(0.1)
-
-
-def test_two_ranks_spill_what_leaves_l1_and_share_nothing_old_after_an_update(
-    model: Path, node: RunningNode, tmp_path: Path
-) -> None:
-    flags = ("--tp", "2", "--polarkv-spill", "evict", "--max-total-tokens", "2048", "--hicache-ratio", "1.5")
-    with running_server(model, tmp_path / "ranks.log", "--polarkv-nodes", node.address, *flags) as ranks:
-        prompts = [prompt(200 + number, 600) for number in range(8)]
-        first = [ranks.generate(each) for each in prompts]
-        again = [ranks.generate(each) for each in prompts]
-        assert [reply.output_ids for reply in again] == [reply.output_ids for reply in first]
-        assert sum(reply.tiers.l3 for reply in again if reply.tiers is not None) >= 2 * 592
-        other = tiny_models.build("llama", tmp_path / "other", seed=1)
-        assert ranks.post("/update_weights_from_disk", model_path=str(other))["success"]
-        new = [ranks.generate(each) for each in prompts[:3]]
-        assert all(reply.tiers is not None and reply.tiers.computed == 600 for reply in new)
-        assert ranks.post("/update_weights_from_disk", model_path=str(model))["success"]
-        back = ranks.generate(prompts[0])
-        assert back.tiers is not None
-        assert back.tiers.l3 >= 592
-        assert back.output_ids == first[0].output_ids
 
 
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL], ids=["frozen", "killed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -75,11 +76,18 @@ def test_checksums_are_their_definition(
     assert result.tolist() == [definition(block.numpy().tobytes()) for block in blocks.cpu()]
 
 
+# All sizes to the end of the first chunk of 4,096, and from where the last of several begins.
+SIZES = [*range(1, 4200), *(chunks * 4096 + size for chunks in (2, 3, 4) for size in range(-10, 300))]
+
+
 @too_slow_to_interpret
-def test_every_size_to_20000(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "sizes", [SIZES, pytest.param(range(1, 20_001), marks=pytest.mark.slow)], ids=["some", "to 20,000"]
+)
+def test_every_size(device: torch.device, sizes: Sequence[int]) -> None:
     data = random_bytes(0, 20_000)
     on_device, exact = data.to(device), data.numpy().tobytes()
-    for size in range(1, 20_001):
+    for size in sizes:
         assert checksum_blocks(on_device[None, :size])[0] == definition(exact[:size]), size
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.conftest import Interpreter
 from tests.kernels.support import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -21,9 +22,9 @@ SHARED_BYTES = 99 * 1024  # what every GPU since compute capability 8.0 gives a 
 
 @pytest.fixture(scope="module", params=[pytest.param(80, marks=pytest.mark.slow), 90])
 def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, interpreter: Interpreter
 ) -> list[dict[str, Any]]:
-    """Every kernel for a compute capability; see compile_kernels.py."""
+    """Every kernel for a compute capability; see compile_kernels.py. The interpreter runs beside it."""
     command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(request.param)]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,56 +19,87 @@ pytestmark = pytest.mark.skipif(
 )
 
 OURS = "polarkv_sglang.platforms.cpu:PolarCpuPlatform"
-ACTIVATE = "from polarkv_sglang.platforms import activate; print(activate())"
 # What a PyTorch for AMX with SGLang's CPU kernels looks like to SGLang.
-AMX_CPU = "import torch; torch.cpu._is_amx_tile_supported = lambda: True; "
+AMX_CPU = "torch.cpu._is_amx_tile_supported = lambda: True; "
 AMX_KERNELS = (
     "import sys, types; sys.modules['sgl_kernel'] = types.ModuleType('sgl_kernel'); "
     "torch.library.define('sgl_kernel::convert_weight_packed', '(Tensor x) -> Tensor'); "
 )
-ACCELERATOR = "import torch; torch.accelerator.is_available = lambda: True; "
-# The class of SGLang's platform, and whether its host pools are still its own once ours had its chance.
+ACCELERATOR = "torch.accelerator.is_available = lambda: True; "
+# What is changed in a process and in its environment before it asks for our platform.
+NOTHING_BETTER = {"plain CPU": ("", {}), "AMX without SGLang's kernels": (AMX_CPU, {})}
+SOMETHING_BETTER = {
+    "accelerator": (ACCELERATOR, {}),
+    "AMX with SGLang's kernels": (AMX_CPU + AMX_KERNELS, {}),
+    "SGLang's CPU platform asked for": ("", {"SGLANG_USE_CPU_ENGINE": "1"}),
+    "turned off": ("", {"POLARKV_CPU_PLATFORM": "0"}),
+}
+# PyTorch takes seconds to import: once, and each case is a fork of that.
+FORKS = """
+import json, os, sys
+import torch
+
+for name, (setup, environment) in json.load(sys.stdin).items():
+    if (case := os.fork()) == 0:
+        os.environ.update(environment)
+        exec(setup)
+        from polarkv_sglang.platforms import activate
+        print(json.dumps([name, activate()]), flush=True)
+        os._exit(0)
+    os.waitpid(case, 0)
+"""
+# The class of SGLang's platform, and what became of its host pools once ours had its chance. Who has not even
+# imported what changes SGLang has not changed it, and need not import SGLang to see it.
 STATE = """
+import sys
 from sglang.srt.platforms import current_platform
 from polarkv_sglang.platforms import install_cpu_hooks
 install_cpu_hooks()
-from sglang.srt.mem_cache.pool_host import base
-print(type(current_platform).__name__, hasattr(base.HostKVCache.__init__, "__wrapped__"))
+if "polarkv_sglang.platforms.hooks" not in sys.modules:
+    state = "untouched"
+else:
+    from sglang.srt.mem_cache.pool_host import base
+    state = "hooked" if hasattr(base.HostKVCache.__init__, "__wrapped__") else "not hooked"
+print(type(current_platform).__name__, state)
 """
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(code: str, **environment: str) -> subprocess.Popen[str]:
     ignored = ("POLARKV_CPU_PLATFORM", "SGLANG_USE_CPU_ENGINE", "SGLANG_PLATFORM")
     inherited = {name: value for name, value in os.environ.items() if name not in ignored}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=110
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=inherited | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
-@pytest.mark.parametrize("setup", ["", AMX_CPU], ids=["plain CPU", "AMX without SGLang's kernels"])
-def test_a_machine_with_nothing_better_runs_on_ours(setup: str) -> None:
-    assert _python(setup + ACTIVATE).stdout.strip() == OURS
+@pytest.fixture(scope="module")
+def activated() -> dict[str, str | None]:
+    """What activate() returned in each case."""
+    with start(FORKS) as process:
+        output, _ = process.communicate(json.dumps(NOTHING_BETTER | SOMETHING_BETTER), 110)
+    return dict(json.loads(line) for line in output.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("setup", "environment"),
-    [
-        (ACCELERATOR, {}),
-        (AMX_CPU + AMX_KERNELS, {}),
-        ("", {"SGLANG_USE_CPU_ENGINE": "1"}),
-        ("", {"POLARKV_CPU_PLATFORM": "0"}),
-    ],
-    ids=["accelerator", "AMX with SGLang's kernels", "SGLang's CPU platform asked for", "turned off"],
-)
-def test_where_something_better_is_ours_stays_out(setup: str, environment: dict[str, str]) -> None:
-    assert _python(setup + ACTIVATE, **environment).stdout.strip() == "None"
+@pytest.mark.parametrize("case", NOTHING_BETTER)
+def test_a_machine_with_nothing_better_runs_on_ours(activated: dict[str, str | None], case: str) -> None:
+    assert activated[case] == OURS
+
+
+@pytest.mark.parametrize("case", SOMETHING_BETTER)
+def test_where_something_better_is_ours_stays_out(activated: dict[str, str | None], case: str) -> None:
+    assert activated[case] is None
 
 
 def test_an_unknown_setting_ends_sglang_with_one_line_that_names_it() -> None:
-    result = _python("from sglang.srt.platforms import current_platform", POLARKV_CPU_PLATFORM="yes")
-    assert result.returncode == 2
-    assert "polarkv: error: POLARKV_CPU_PLATFORM='yes': use 0 (off) or 1" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    with start(f"import sys; sys.stderr = sys.stdout; {STATE}", POLARKV_CPU_PLATFORM="yes") as process:
+        said, _ = process.communicate(timeout=110)
+    assert process.returncode == 2
+    assert "polarkv: error: POLARKV_CPU_PLATFORM='yes': use 0 (off) or 1" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def test_an_sglang_that_differs_is_left_alone(
@@ -80,12 +112,10 @@ def test_an_sglang_that_differs_is_left_alone(
     assert f"has no {absent.path}, which PolarKV" in caplog.text
 
 
-def test_sglang_takes_our_platform_and_its_hooks() -> None:
-    assert _python(STATE).stdout.split()[-2:] == ["PolarCpuPlatform", "True"]
-
-
-def test_turned_off_sglang_is_untouched() -> None:
-    assert _python(STATE, POLARKV_CPU_PLATFORM="0").stdout.split()[-2:] == ["SRTPlatform", "False"]
+def test_sglang_takes_our_platform_and_its_hooks_and_is_untouched_where_it_is_turned_off() -> None:
+    with start(STATE) as on, start(STATE, POLARKV_CPU_PLATFORM="0") as off:
+        said = [process.communicate(timeout=110)[0].splitlines()[-1] for process in (on, off)]
+    assert said == ["PolarCpuPlatform hooked", "SRTPlatform untouched"]
 
 
 def test_sglang_has_the_surfaces_that_the_hooks_need() -> None:

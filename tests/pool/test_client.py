@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ from tests.pool.rank import (
     prompt,
     wait_until_live,
 )
-from tests.support import RunningNode, running_node
+from tests.support import RunningNode, running_node, running_nodes
 
 # Shared memory; UCX where it can get; the connection where there is nothing better than TCP.
 TRANSPORTS = [None, "cma,tcp", "tcp"]
@@ -120,8 +121,17 @@ def test_a_dead_node_is_a_miss_within_the_deadline_and_then_costs_nothing() -> N
         assert time.monotonic() - started < 0.1
 
 
-@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
-@pytest.mark.parametrize("operation", ["get", "put", "peek"])
+# faults/test_memory_nodes.py freezes nodes under calls of all kinds, in each way.
+FROZEN = {("get", "cma,tcp"), ("put", "tcp"), ("peek", None)}
+
+
+@pytest.mark.parametrize(
+    ("operation", "ucx_tls"),
+    [
+        pytest.param(*case, marks=() if case in FROZEN else pytest.mark.slow)
+        for case in itertools.product(["get", "put", "peek"], TRANSPORTS)
+    ],
+)
 def test_a_frozen_node_is_a_miss_within_the_deadline_and_then_costs_nothing(
     operation: str, ucx_tls: str | None
 ) -> None:
@@ -210,7 +220,7 @@ def test_a_wrong_token_keeps_kv_local() -> None:
 
 def test_stripes_are_spread_and_a_dead_node_costs_only_its_own() -> None:
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(running_node()) for _ in range(3)]
+        nodes = stack.enter_context(running_nodes(3))
         addresses = [node.address for node in nodes]
         rank = stack.enter_context(a_rank(*addresses))
         wait_until_live(rank, 3)
@@ -239,10 +249,13 @@ def test_stripes_are_spread_and_a_dead_node_costs_only_its_own() -> None:
         assert (rank.memory == before).all()
 
 
-@pytest.mark.parametrize("ucx_tls", TRANSPORTS)
+@pytest.mark.parametrize(
+    "ucx_tls",
+    [pytest.param(None, marks=pytest.mark.slow), pytest.param("cma,tcp", marks=pytest.mark.slow), "tcp"],
+)
 def test_a_frozen_node_does_not_take_the_others_with_it(ucx_tls: str | None) -> None:
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(running_node()) for _ in range(3)]
+        nodes = stack.enter_context(running_nodes(3))
         rank = stack.enter_context(a_rank(*[node.address for node in nodes], ucx_tls=ucx_tls))
         wait_until_live(rank, 3)
         blocks = prompt("one frozen", 64)

@@ -12,7 +12,7 @@ from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.transport.messages import Peek, Replicate
 from tests.pool.rank import STRIPE_PAGES, Rank, a_rank, flip_a_byte, prompt, wait_until_live
-from tests.support import RunningNode, running_node
+from tests.support import RunningNode, running_node, running_nodes
 
 PAGES = STRIPE_PAGES  # one stripe, which has one home
 DEADLINE_S = 2.0  # a quarter of it is what the first look may take, also on a busy machine
@@ -26,7 +26,7 @@ def flags(ucx_tls: str | None) -> list[str]:
 def a_pool(copies: int = 2, ucx_tls: str | None = None) -> Iterator[tuple[Rank, dict[str, RunningNode]]]:
     """A rank over two memory nodes; with two of them, a stripe's copy is on the other one."""
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(running_node("64MiB", *flags(ucx_tls))) for _ in range(2)]
+        nodes = stack.enter_context(running_nodes(2, "64MiB", *flags(ucx_tls)))
         addresses = [node.address for node in nodes]
         rank = stack.enter_context(a_rank(*addresses, copies=copies, deadline_s=DEADLINE_S, ucx_tls=ucx_tls))
         wait_until_live(rank, 2)
@@ -88,8 +88,7 @@ def test_a_block_that_is_not_what_was_written_is_not_copied(ucx_tls: str | None)
     """A copy gets a checksum of its own: taken of damaged bytes, it would make them right."""
     blocks = prompt("damaged", PAGES)
     with (
-        running_node("64MiB", *flags(ucx_tls)) as source,
-        running_node("64MiB", *flags(ucx_tls)) as target,
+        running_nodes(2, "64MiB", *flags(ucx_tls)) as (source, target),
         a_rank(source.address, ucx_tls=ucx_tls) as rank,
     ):
         assert rank.put(blocks) == [True] * PAGES

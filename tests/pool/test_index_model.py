@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.eviction import LeastRecentlyUsed
@@ -300,5 +309,7 @@ class IndexMachine(RuleBasedStateMachine):
                 assert self.pages(address, write.length) == {(write.number, key)}, "a slot has two writers"
 
 
-IndexMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
-TestIndexAgreesWithModel = IndexMachine.TestCase
+@pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_index_agrees_with_model(examples: int) -> None:
+    steps = settings(max_examples=examples, stateful_step_count=50, deadline=None)
+    run_state_machine_as_test(IndexMachine, settings=steps)

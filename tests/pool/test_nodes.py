@@ -12,7 +12,7 @@ import pytest
 from polarkv_sglang.errors import ConfigError
 from polarkv_sglang.pool.nodes import NodeList, read_nodes
 from tests.pool.rank import a_rank, prompt, wait_until_live
-from tests.support import running_node
+from tests.support import running_nodes
 
 
 def test_a_file_holds_one_node_a_line_and_comments(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_file_that_goes_wrong_leaves_the_list_as_it_was(
 def test_nodes_join_and_leave_while_a_rank_runs(tmp_path: Path) -> None:
     file = tmp_path / "nodes"
     with contextlib.ExitStack() as stack:
-        first, second = (stack.enter_context(running_node()) for _ in range(2))
+        first, second = stack.enter_context(running_nodes(2))
         file.write_text(f"{first.address}\n")
         rank = stack.enter_context(a_rank(nodes_file=file))
         blocks = prompt("follows the list", 64)

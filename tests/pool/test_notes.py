@@ -12,7 +12,7 @@ from polarkv_sglang.transport.framing import HEADER_BYTES, MAX_FRAME_BYTES, enco
 from polarkv_sglang.transport.messages import MAX_NOTE_BYTES, MAX_NOTES, NotesRead, WriteNotes
 from tests.pool.rank import a_rank
 from tests.pool.test_node import eventually
-from tests.support import running_node
+from tests.support import running_nodes
 
 KEYS = [hashlib.sha256(bytes([number])).digest()[:16] for number in range(8)]
 
@@ -53,8 +53,7 @@ def test_as_many_and_as_long_notes_as_one_request_may_have_fit_a_frame() -> None
 def test_what_one_rank_notes_another_reads_and_the_last_one_counts() -> None:
     keys = [hashlib.sha256(f"note {number}".encode()).digest()[:16] for number in range(MAX_NOTES)]
     with (
-        running_node() as one,
-        running_node() as other,
+        running_nodes(2) as (one, other),
         a_rank(one.address, other.address) as writer,
         a_rank(one.address, other.address) as reader,
     ):

@@ -15,7 +15,7 @@ from polarkv_sglang.transport.messages import MAX_PULL_PARTS, Locate, Peek, Rele
 from tests.faults.nodes import FaultyNode
 from tests.pool.rank import STRIPE_PAGES, Rank, a_rank, flip_a_byte, prompt, wait_until_live
 from tests.pool.test_copies import a_pool, wait_until_held
-from tests.support import RunningNode, running_node
+from tests.support import RunningNode, running_node, running_nodes
 
 PAGES = STRIPE_PAGES
 PIECES = [[slice(0, 1)], [slice(1, 2)]]  # a stage for each piece of a block
@@ -50,8 +50,7 @@ def test_parts_arrive_in_order_and_make_whole_blocks(tls: str | None) -> None:
 def test_parts_that_several_nodes_put_arrive_when_all_have() -> None:
     pages = 16 * STRIPE_PAGES
     with (
-        running_node() as one,
-        running_node() as two,
+        running_nodes(2) as (one, two),
         a_rank(one.address, two.address, ucx_tls="tcp") as rank,
     ):
         before = rank.memory.copy()
@@ -143,7 +142,7 @@ def test_a_frozen_node_takes_no_other_with_it() -> None:
     """It uses the time for the first part up, while the others have sent their second."""
     pages = 16 * STRIPE_PAGES
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(running_node()) for _ in range(3)]
+        nodes = stack.enter_context(running_nodes(3))
         rank = stack.enter_context(a_rank(*[node.address for node in nodes], ucx_tls="tcp", deadline_s=1.5))
         assert all(rank.put(prompt("a", pages)))
         os.kill(nodes[0].pid, signal.SIGSTOP)

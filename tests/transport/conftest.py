@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -189,9 +190,9 @@ def start_peer() -> Iterator[Callable[[int, str | None], Peer]]:
         peer.close()
 
 
-@pytest.fixture(scope="session")
-def untouched_peer() -> Iterator[Callable[[str | None], Peer]]:
-    """A peer of 16 MiB for each `tls`, shared by the tests that neither write to it nor end it."""
+@contextlib.contextmanager
+def shared_peers() -> Iterator[Callable[[str | None], Peer]]:
+    """A peer of 16 MiB for each `tls`."""
     peers: dict[str | None, Peer] = {}
 
     def get(tls: str | None) -> Peer:
@@ -202,6 +203,20 @@ def untouched_peer() -> Iterator[Callable[[str | None], Peer]]:
     yield get
     for peer in peers.values():
         peer.close()
+
+
+@pytest.fixture(scope="session")
+def untouched_peer() -> Iterator[Callable[[str | None], Peer]]:
+    """For tests that neither write to it nor end it."""
+    with shared_peers() as get:
+        yield get
+
+
+@pytest.fixture(scope="session")
+def written_peer() -> Iterator[Callable[[str | None], Peer]]:
+    """For tests that write to it and do not end it."""
+    with shared_peers() as get:
+        yield get
 
 
 @pytest.fixture

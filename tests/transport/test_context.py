@@ -22,6 +22,19 @@ def test_transports_with_tcp_are_accepted(tls):
     context.close()
 
 
+@pytest.mark.parametrize(
+    ("tls", "shares"),
+    [("tcp", False), ("tcp,cma", False), ("^posix", False), ("tcp,shm", True), ("all", True), ("^cma", True)],
+)
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_memory_is_shared_if_the_transports_have_shared_memory(monkeypatch, tls, shares, by_variable):
+    if by_variable:
+        monkeypatch.setenv("UCX_TLS", tls)
+    context = Context(load_library(), tls=None if by_variable else tls)
+    assert context.shares_memory == shares
+    context.close()
+
+
 def test_one_packed_key_covers_one_registration():
     context = Context(load_library())
     memory = np.zeros(1 << 20, np.uint8)

@@ -61,9 +61,9 @@ def test_get_brings_the_peers_bytes(untouched_peer, make_client, way, count, siz
 
 
 @pytest.mark.parametrize(("count", "size"), SHAPES)
-def test_put_is_at_the_peer_when_transfer_returns(start_peer, make_client, way, count, size):
-    peer, client = start_peer(16 * MIB, tls_of(way)), make_client(16 * MIB, tls_of(way))
-    client.buffer[:] = np.random.default_rng(0).integers(0, 256, len(client.buffer), np.uint8)
+def test_put_is_at_the_peer_when_transfer_returns(written_peer, make_client, way, count, size):
+    peer, client = written_peer(tls_of(way)), make_client(16 * MIB, tls_of(way))
+    client.buffer[:] = np.random.default_rng(count).integers(0, 256, len(client.buffer), np.uint8)
 
     done = client.transfer(Direction.PUT, client.blocks(count, size, peer), routes_to([peer], client, way))
 
