@@ -173,6 +173,8 @@ BLEND_SURFACES = (
     Surface(FORWARD, ("forward_batch",)),
     Surface("sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", ("req",)),
     Surface("sglang.srt.managers.schedule_policy.AddReqResult"),
+    Surface("sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
+    Surface("sglang.srt.managers.cache_controller.LayerDoneCounter.wait_until", ("threshold",)),
     Surface("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_kv_buffer", ("layer_id",)),
     Surface("sglang.srt.layers.layer_boundary.residual.batch.fold", ("hidden_states", "forward_batch")),
     Surface(

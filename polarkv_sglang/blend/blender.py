@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from polarkv_sglang.blend.donors import Gone, Held, held_end, hold, prefix_kept
 from polarkv_sglang.blend.forward import BlendPass, NotAsExpected, PassCounts
 from polarkv_sglang.blend.index import ChunkIndex, Match, Space
+from polarkv_sglang.blend.matches import Matches, gaps_left
 from polarkv_sglang.blend.model import BlendModel
 from polarkv_sglang.blend.options import Refusal, Wish, wish_of
-from polarkv_sglang.blend.plan import Piece, Plan
-from polarkv_sglang.blend.search import Search
-from polarkv_sglang.blend.searches import Searches, beyond, gaps_left
-from polarkv_sglang.blend.select import Selection
+from polarkv_sglang.blend.plan import Plan
+from polarkv_sglang.blend.search import Arrived
+from polarkv_sglang.blend.searches import Searches
+from polarkv_sglang.blend.select import Selection, selection_of
 from polarkv_sglang.blend.shared import Landing, SharedDonors
-from polarkv_sglang.blend.stages import parse_stages, require_layers
+from polarkv_sglang.blend.spans import Span, parts
+from polarkv_sglang.blend.stages import require_layers
 from polarkv_sglang.config import PolarConfig
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class _Blended(NamedTuple):
     locks: list[TreeLock]  # of the donors' tree nodes
     weights: WeightsIdentity  # that the donors' KV is of
     landing: Landing | None = None  # of donors from the pool
-    search: Search | None = None  # that found them; None once they are in L1
+    landed: bool = False  # whether they are in L1
 
 
 class _Outlook(NamedTuple):
@@ -66,7 +68,8 @@ class Blender:
     all ranks alike, or by none. Donors' tree nodes are locked while a prompt is computed from them. Donors
     have KV of the weights in memory: nothing is blended from a weight update until the tree was emptied.
 
-    Nothing here raises into SGLang: what fails leads to a full prefill. Scheduler thread only.
+    What fails leads to a full prefill. One thing raises into SGLang: with several ranks, a pass that may have
+    failed on this one alone, for the others wait in it. Scheduler thread only.
     """
 
     def __init__(
@@ -81,12 +84,12 @@ class Blender:
         self._model = model
         self._mode = config.blend
         self._least_tokens = config.blend_min_tokens
-        stages = parse_stages(config.blend_check_layer, config.blend_ratio, config.blend_stages)
-        require_layers(stages, len(model.layers))
-        self._selection = Selection(stages, config.blend_metric, config.blend_strategy)
+        self._selection = selection_of(config)
+        require_layers(self._selection.stages, len(model.layers))
         self._alone = agree is None
         self._agree_on = agree or (lambda numbers: [True] * len(numbers))
         self.index = ChunkIndex(config.blend_chunk_tokens, config.blend_index_tokens)
+        self._matches = Matches(self.index)
         self._blended: dict[str, _Blended] = {}  # by request id
         self._counts: weakref.WeakKeyDictionary[Req, PassCounts] = weakref.WeakKeyDictionary()
         self._requests: weakref.WeakValueDictionary[str, Req] = weakref.WeakValueDictionary()
@@ -101,7 +104,7 @@ class Blender:
     def share(self, shared: SharedDonors) -> None:
         """Use donors that are in the pool, and tell it of those that this engine puts there."""
         self.shared = shared
-        self._searches = Searches(self._cache, self.index, shared, self._agree_on, self._least_tokens)
+        self._searches = Searches(self._cache, self._matches, shared, self._agree_on, self._least_tokens)
 
     def only_for(self, checked: WeightsIdentity | None) -> None:
         """Blend under these weights and, after an update, no others; None: under none."""
@@ -233,62 +236,66 @@ class Blender:
         weights = self._weights()
         if weights is None:
             return None
-        matches, search = self._found(request, weights)
-        arrived = search.found if search is not None else []
-        found = [(each.start, each.end) for each in matches] + [(each.start, each.end) for each in arrived]
-        if sum(end - start for start, end in found) < self._least_tokens:
+        matches, arrived = self._matches.of(request, wish), self._arrived(request, weights)
+        if not self._may_suffice(matches, arrived, wish):
             return None
-        pieces: list[Piece] = []
-        locks: list[TreeLock] = []
+        held: list[Held] = []
         landing: Landing | None = None
         try:
             with prefix_kept(self._cache, request):
                 for match in matches:
-                    held = hold(self._cache, match, self._room(request))
-                    if isinstance(held, Held):
-                        locks.append(held.lock)
-                        pieces += _pieces(match, held.slots, wish.spans)
-                    elif isinstance(held, Gone):
+                    found = hold(self._cache, match, self._room(request))
+                    if isinstance(found, Held):
+                        held.append(found)
+                    elif isinstance(found, Gone):
                         self.index.remove(match.donor)
+                pieces = [each.piece(start, end) for each, start, end in parts(held, wish.spans)]
                 if arrived and self.shared is not None:
-                    here = [(piece.start, piece.end) for piece in pieces]
-                    gaps = gaps_left(request, here, wish)
+                    gaps = gaps_left(request, pieces, wish)
                     landed, landing = self.shared.land(arrived, gaps, self._room(request))
                     pieces = sorted([*pieces, *landed], key=lambda piece: piece.start)
             plan = Plan(pieces)
         except BaseException:
-            self._let_go(locks, landing)
+            self._let_go([each.lock for each in held], landing)
             raise
+        locks = [each.lock for each in held]
         if plan.tokens < self._least_tokens:
             self._let_go(locks, landing)
             return None
         selection = self._selection if wish.ratio is None else self._selection.with_ratio(wish.ratio)
-        return _Blended(plan, selection, locks, weights, landing, search if landing is not None else None)
+        return _Blended(plan, selection, locks, weights, landing)
 
-    def _found(self, request: Req, weights: WeightsIdentity) -> tuple[list[Match], Search | None]:
-        """Text of the prompt that is known here, and what of it has come from the pool."""
-        matches = list(self.index.find(request.full_untruncated_fill_ids, *beyond(request)))
-        return matches, self._searches.over(request, weights) if self._searches is not None else None
+    def _arrived(self, request: Req, weights: WeightsIdentity) -> Sequence[Arrived]:
+        """What of the prompt has come from the pool."""
+        search = self._searches.over(request, weights) if self._searches is not None else None
+        return search.found if search is not None else ()
+
+    def _may_suffice(self, matches: Sequence[Match], arrived: Sequence[Arrived], wish: Wish) -> bool:
+        """Whether there is enough to reuse if all donors are there yet: that takes no walk down the tree."""
+        wanted = (end - start for each in (matches, arrived) for _, start, end in parts(each, wish.spans))
+        return sum(wanted) >= self._least_tokens
 
     def _reusable(self, request: Req, wish: Wish) -> int:
         """How many tokens a plan would be of, about; brings nothing to L1, and nothing out of it."""
         weights = self._weights()
         if weights is None:
             return 0
-        matches, search = self._found(request, weights)
+        matches, arrived = self._matches.of(request, wish), self._arrived(request, weights)
+        if not self._may_suffice(matches, arrived, wish):
+            return 0
         room = self._room(request)
-        here = [(match.start, held_end(self._cache, match, room)) for match in matches]
-        everything = ((0, len(request.full_untruncated_fill_ids)),)
-        spans = everything if wish.spans is None else wish.spans
-        count = sum(max(0, min(end, stop) - max(start, one)) for start, end in here for one, stop in spans)
-        if search is not None and self.shared is not None:
-            count += self.shared.tokens(search.found, gaps_left(request, here, wish), room)
+        here = [Span(match.start, held_end(self._cache, match, room)) for match in matches]
+        count = sum(end - start for _, start, end in parts(here, wish.spans))
+        if arrived and self.shared is not None:
+            count += self.shared.tokens(arrived, gaps_left(request, here, wish), room)
         return count
 
     def _room(self, request: Req) -> int:
-        """Tokens that can be brought to L1 beside what the request needs there itself."""
+        """Tokens that can be brought to L1 beside what the request needs there, as SGLang admits it."""
         prompt = len(request.full_untruncated_fill_ids) - request.prefix_len
-        needed = prompt + request.sampling_params.max_new_tokens + 2 * self._cache.page_size
+        # One that says nothing of its answer's length may have all of L1 for it; no room is kept for so much.
+        answer = min(request.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKENS)
+        needed = prompt + answer + 2 * self._cache.page_size
         free = self._cache.token_to_kv_pool_allocator.available_size() + self._cache.full_evictable_size()
         return max(0, int(free - needed))
 
@@ -353,26 +360,15 @@ class Blender:
         try:
             if self._cache.runtime.weights.current != blended.weights:
                 return None  # they changed between two passes of a prompt
-            if blended.search is not None and blended.landing is not None and self.shared is not None:
+            if blended.landing is not None and not blended.landed and self.shared is not None:
                 self.shared.enter(blended.landing)
-                blended.search.close()
-                self._blended[batch.rids[0]] = blended._replace(search=None)
+                self._blended[batch.rids[0]] = blended._replace(landed=True)
             first = int(batch.extend_prefix_lens_cpu[0])
             cached = blended.plan.rows(first, first + int(batch.extend_seq_lens_cpu[0]))
             return BlendPass(self._model, runner, batch, cached, blended.selection) if len(cached) else None
         except Exception:  # a full prefill is always right
             logger.exception("PolarKV: a blended pass could not be prepared; it is computed in full")
             return None
-
-
-def _pieces(match: Match, slots: torch.Tensor, spans: tuple[tuple[int, int], ...] | None) -> Iterator[Piece]:
-    """What of a match the donor's ``slots`` hold, within ``spans``."""
-    shift = match.donor_start - match.start
-    end = len(slots) - shift
-    for one, other in [(match.start, end)] if spans is None else spans:
-        start, stop = max(one, match.start), min(other, end)
-        if start < stop:
-            yield Piece(start, start + shift, slots[start + shift : stop + shift])
 
 
 def _wish(request: Req, mode: BlendMode) -> Wish | Refusal | None:

@@ -12,7 +12,8 @@ import torch
 
 from polarkv_sglang.blend.offline import OfflineModel, Prefilled
 from polarkv_sglang.blend.plan import Plan
-from polarkv_sglang.blend.select import Selection
+from polarkv_sglang.blend.select import Selection, chosen_rows
+from polarkv_sglang.errors import ConfigError
 
 RATIOS: Final = (0.0, 0.05, 0.15, 0.3, 1.0)
 DOCUMENTS: Final = 8
@@ -50,10 +51,19 @@ class Battery(NamedTuple):
 
 
 def batteries(encode: Callable[[str], list[int]], tokens: int, count: int) -> Iterator[Battery]:
-    """``count`` prompts of about ``tokens`` tokens, from chapters of the manual that every Python carries."""
+    """``count`` prompts of about ``tokens`` tokens, from chapters of the manual that every Python carries.
+
+    Raises ConfigError where eight chapters are not so long.
+    """
     head, question = encode(_HEAD), encode(_QUESTION)
-    length = (tokens - len(head) - len(question)) // DOCUMENTS
-    chapters = [ids for name in sorted(topics) if len(ids := encode(topics[name])) >= length]
+    around = len(head) + len(question)
+    length = (tokens - around) // DOCUMENTS
+    chapters = [encode(topics[name]) for name in sorted(topics)]
+    longest = sorted(map(len, chapters))[-DOCUMENTS]
+    if length > longest:
+        most = around + DOCUMENTS * longest
+        raise ConfigError(f"--tokens {tokens}: the manual has eight chapters for up to {most} tokens")
+    chapters = [ids for ids in chapters if len(ids) >= length]
     for number in range(count):
         draw = random.Random(number)
         documents = [ids[:length] for ids in draw.sample(chapters, DOCUMENTS)]
@@ -85,7 +95,7 @@ def compare(
         blended = model.prefill(
             battery.asked, plan=plan, selection=selection.with_ratio(ratio), tail=battery.tail
         )
-        found.append(_compared(model, blended, full, exact, rows, selection))
+        found.append(_compared(model, blended, full, exact, rows, selection.with_ratio(ratio)))
         model.forget(blended)
     cpu_seconds = (full.cpu_seconds + model.prefill(battery.asked).cpu_seconds) / 2
     scale = cpu_seconds / full.cpu_seconds
@@ -101,10 +111,9 @@ def _compared(
     selection: Selection,
 ) -> Compared:
     keys, values = model.kv(blended.slots[rows])
-    layers, check = len(keys), selection.stages[0].layer
     mine, theirs = blended.logits.log_softmax(-1), full.logits.log_softmax(-1)
     return Compared(
-        layer_tokens=check * len(blended.tokens) + (layers - check) * len(blended.computed_rows[0]),
+        layer_tokens=_layer_tokens(len(blended.tokens), sum(blended.counts), selection, len(keys)),
         k_error=_relative(keys, exact[0]),
         v_error=_relative(values, exact[1]),
         first_k_error=_relative(keys[0], exact[0][0]),
@@ -115,24 +124,37 @@ def _compared(
     )
 
 
+def _layer_tokens(tokens: int, cached: int, selection: Selection, layers: int) -> int:
+    """Rows times layers that a pass over so many tokens computes, of which ``cached`` have known KV."""
+    borders = [*(stage.layer for stage in selection.stages), layers]
+    narrow = sum(
+        (end - stage.layer) * (tokens - cached + chosen_rows(cached, stage.ratio))
+        for stage, end in zip(selection.stages, borders[1:], strict=True)
+    )
+    return borders[0] * tokens + narrow
+
+
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).norm() / other.float().norm())
 
 
 def judge(dtype: torch.dtype, ratios: Sequence[float], found: Sequence[Sequence[Compared]]) -> list[str]:
-    """What is wrong, from the comparisons of each battery; nothing if the model blends rightly."""
+    """What is wrong, from the comparisons of each battery; nothing if the model blends rightly.
+
+    What is not a number is within no limit.
+    """
     reasons = []
     for number, compared in enumerate(found):
         where = f"prompt {number + 1}"
         naive = compared[0]
-        if naive.first_k_error > _KEYS_OF_LAYER_0[dtype]:
+        if not naive.first_k_error <= _KEYS_OF_LAYER_0[dtype]:
             reasons.append(f"{where}: rotated keys of layer 0 are off by {naive.first_k_error:.2g}")
-        if ratios[-1] == 1.0 and compared[-1].logits > _LOGITS[dtype]:
+        if ratios[-1] == 1.0 and not compared[-1].logits <= _LOGITS[dtype]:
             reasons.append(f"{where}: at ratio 1 logits are off by {compared[-1].logits:.2g} of the largest")
         for one, other, less, more in zip(ratios, ratios[1:], compared, compared[1:]):
             for name in ("k_error", "v_error"):
                 before, after = getattr(less, name), getattr(more, name)
-                if after > _SLACK * before:
+                if not after <= _SLACK * before:
                     reasons.append(
                         f"{where}: {name} rises from {before:.3g} at {one} to {after:.3g} at {other}"
                     )

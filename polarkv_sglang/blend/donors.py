@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from polarkv_sglang.blend.index import Match
+from polarkv_sglang.blend.plan import Piece
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 
 
 class Held(NamedTuple):
-    """The beginning of a donor in L1, locked in the radix tree."""
+    """Tokens [start, end) of a prompt, whose donor is in L1 and locked in the radix tree."""
 
-    slots: torch.Tensor  # int64: of its tokens from the first on
+    start: int
+    end: int
+    donor_start: int
+    slots: torch.Tensor  # int64 [end - start]
     lock: TreeLock
+
+    def piece(self, start: int, end: int) -> Piece:
+        """Tokens [start, end) of it."""
+        first = start - self.start
+        return Piece(start, self.donor_start + first, self.slots[first : end - self.start])
 
 
 class Gone(NamedTuple):
@@ -72,17 +81,13 @@ def hold(cache: UnifiedRadixCache, match: Match, room: int) -> Held | Gone | Non
     if lock is None:
         return None
     slots = cache.path_device_indices(found.last_device_node)[: found.device_prefix_len]
-    return Held(slots[: match.donor_end].to(torch.int64), lock)
+    slots = slots[match.donor_start : match.donor_end].to(torch.int64)
+    return Held(match.start, match.start + len(slots), match.donor_start, slots, lock)
 
 
 def _key(cache: UnifiedRadixCache, match: Match) -> RadixKey:
     """A match's donor, as the tree knows it."""
-    donor = match.donor
-    page = cache.page_size
-    return RadixKey(
-        array("q", donor.tokens.tobytes()),
-        donor.space.extra_key,
-        # The tree knows whole pages; the last one of a match goes on with the donor's own text.
-        limit=min(len(donor.tokens), -(-match.donor_end // page) * page),
-        cache_salt=donor.space.cache_salt,
-    )
+    donor, page = match.donor, cache.page_size
+    # The tree knows whole pages; the last one of a match goes on with the donor's own text.
+    tokens = donor.tokens[: -(-match.donor_end // page) * page]
+    return RadixKey(array("q", tokens.tobytes()), donor.space.extra_key, cache_salt=donor.space.cache_salt)

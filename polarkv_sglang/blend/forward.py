@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 T = TypeVar("T")
+
+# By which SGLang's Qwen3-MoE has its rotary kernel write KV to the pool, on CUDA in bf16.
+_FUSED: Final = "compatible_with_fused_kv_buffer"
 
 
 class PassCounts(NamedTuple):
@@ -116,22 +119,18 @@ class BlendPass:
 
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
-        """Layers and attentions from the check layer on go through us."""
-        changed: list[tuple[torch.nn.Module, dict[str, Any]]] = []
-        try:
+        """Layers and attentions from the check layer on go through us, and no kernel writes KV without us."""
+        with contextlib.ExitStack() as changes:
+            for layer in self._model.layers:
+                owner: Any = layer.self_attn
+                if _FUSED in owner.__dict__:
+                    changes.enter_context(_attribute(owner, _FUSED, False))
             for number in range(self._selection.stages[0].layer, len(self._model.layers)):
                 layer, attention = self._model.layers[number], self._model.attentions[number]
                 for module, ours in ((layer, self._layer), (attention, self._attention)):
-                    original = module.forward
-                    # Others, too, replace a module's forward on the module itself.
-                    before = {key: module.__dict__[key] for key in ("forward",) if key in module.__dict__}
-                    module.__dict__["forward"] = functools.partial(ours, number, original)
-                    changed.append((module, before))
+                    forward = functools.partial(ours, number, module.forward)
+                    changes.enter_context(_attribute(module, "forward", forward))
             yield
-        finally:
-            for module, before in reversed(changed):
-                del module.__dict__["forward"]
-                module.__dict__.update(before)
 
     def _layer(self, number: int, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         from sglang.srt.layers.layer_boundary.residual.batch import fold, set_written
@@ -273,6 +272,18 @@ class BlendPass:
             return
         rotate_keys(key_pool, key_pool, self._left, self._model.rotary, self._turns)
         put_rows(value_pool, self._left.target_rows, take_rows(value_pool, self._left.source_rows))
+
+
+@contextlib.contextmanager
+def _attribute(module: torch.nn.Module, name: str, value: object) -> Iterator[None]:
+    """A module's own attribute meanwhile; others, too, replace a module's forward on the module itself."""
+    before = {key: module.__dict__[key] for key in (name,) if key in module.__dict__}
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        module.__dict__.update(before)
 
 
 def _without(count: int, rows: torch.Tensor) -> torch.Tensor:

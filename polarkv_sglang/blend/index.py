@@ -55,8 +55,11 @@ class ChunkIndex:
     A prompt is looked up at every offset, and a block that is found is extended to both sides as far as the
     tokens agree, so chunks need neither separators nor alignment. Each content is known once, at the place
     where it was added last. Donors are forgotten least recently used first once they have more than
-    ``capacity_tokens`` tokens together (8 bytes each, and a block's entry for every ``chunk_tokens``), and as
-    soon as all their content is known elsewhere. The index holds tokens, never KV: what it names may be gone
+    ``capacity_tokens`` tokens together (8 bytes each, and about as much for the blocks' entries), and as soon
+    as all their content is known elsewhere.
+
+    Text of 2 * chunk_tokens - 1 tokens is always found, since one of the donor's blocks lies in it; shorter
+    text where it happens to hold one. The index holds tokens, never KV: what it names may be gone
     from the tree.
 
     Fed alike it answers alike, on every rank. Scheduler thread only.
@@ -69,6 +72,7 @@ class ChunkIndex:
         self._blocks: dict[Space, dict[int, tuple[Donor, int]]] = {}
         self._donors: OrderedDict[Donor, None] = OrderedDict()  # least recently used first
         self._tokens = 0
+        self.changes = 0  # how often what ``find`` answers may have changed
 
     def statistics(self) -> IndexStatistics:
         """What the index holds now."""
@@ -81,6 +85,7 @@ class ChunkIndex:
         self._blocks.clear()
         self._donors.clear()
         self._tokens = 0
+        self.changes += 1
 
     def add(self, tokens: Sequence[int] | Tokens, space: Space) -> Donor | None:
         """Remember a prompt whose KV is exact and in the radix tree; None if nothing of it is new.
@@ -97,6 +102,7 @@ class ChunkIndex:
         if self._is_known(content, hashes[-1], blocks):
             return None
         donor = Donor(space, content, offsets)
+        self.changes += 1
         self._donors[donor] = None
         self._tokens += len(content)
         for digest, offset in offsets.items():
@@ -114,6 +120,9 @@ class ChunkIndex:
         for digest in donor.offsets:
             if digest in blocks and blocks[digest][0] is donor:
                 del blocks[digest]
+        if not blocks:
+            del self._blocks[donor.space]  # clients choose salts: as many as they like
+        self.changes += 1
         self._drop(donor)
 
     def find(self, tokens: Sequence[int] | Tokens, space: Space, start: int = 0) -> Iterator[Match]:

@@ -117,6 +117,8 @@ def _check_settings(runner: ModelRunner) -> None:
     pool = runner.token_to_kv_pool
     if type(pool) is not MHATokenToKVPool:
         raise Unsupported(f"KV is kept in a {type(pool).__name__}; only plain MHA (or GQA) is supported")
+    if pool.kv_cache_layout != "nhd":
+        raise Unsupported(f"KV is kept in the layout {pool.kv_cache_layout}; a pass reads and writes nhd")
     if pool.dtype not in _DTYPES or pool.dtype != runner.dtype:
         raise Unsupported(
             f"KV is kept as {pool.dtype} and computed as {runner.dtype}; quantised KV is not read"

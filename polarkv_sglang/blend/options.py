@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from polarkv_sglang.blend.spans import Span
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
@@ -13,14 +15,14 @@ if TYPE_CHECKING:
 ASK: Final = "polarkv_blend"  # true or false
 RATIO: Final = "polarkv_blend_ratio"  # number from 0 to 1
 SPANS: Final = "polarkv_blend_spans"  # start, end, start, end, ...: tokens that may be reused
-MAX_SPANS: Final = 1024  # every match is cut by every span, in the scheduler's thread
+MAX_SPANS: Final = 1024  # each is a piece of its own, in the scheduler's thread
 
 
 class Wish(NamedTuple):
     """A request that may be blended."""
 
     ratio: float | None  # None: the engine's
-    spans: tuple[tuple[int, int], ...] | None  # token ranges that may be reused; None: whatever matches
+    spans: tuple[Span, ...] | None  # what may be reused, ascending; None: whatever matches
 
 
 class Refusal(NamedTuple):
@@ -52,7 +54,7 @@ def wish_of(request: Req, mode: BlendMode) -> Wish | Refusal | None:
         return Refusal(f"{SPANS} is not a list of ascending token positions start, end, start, end, ...")
     if len(spans) > 2 * MAX_SPANS:
         return Refusal(f"{SPANS} has more than {MAX_SPANS} spans")
-    return Wish(ratio, tuple(zip(spans[::2], spans[1::2])))
+    return Wish(ratio, tuple(map(Span, spans[::2], spans[1::2])))
 
 
 def _is_number(value: object) -> bool:

@@ -46,7 +46,10 @@ class Plan:
         for one, other in pairwise(pieces):
             if one.end > other.start:
                 raise ValueError(f"pieces [{one.start}, {one.end}) and [{other.start}, {other.end}) overlap")
-        self.pieces = tuple(pieces)
+        slots = [piece.slots for piece in pieces]
+        # Brought to the CPU at once: for each of them it would wait for the GPU.
+        here = torch.split(torch.cat(slots).cpu(), [len(each) for each in slots]) if slots else ()
+        self.pieces = tuple(piece._replace(slots=each) for piece, each in zip(pieces, here))
 
     @property
     def tokens(self) -> int:
@@ -57,7 +60,7 @@ class Plan:
         """63 bits that are equal for equal pieces: ranks compare them before they use a plan."""
         digest = hashlib.sha256()
         for piece in self.pieces:
-            digest.update(repr((piece.start, piece.old_start)).encode() + piece.slots.cpu().numpy().tobytes())
+            digest.update(repr((piece.start, piece.old_start)).encode() + piece.slots.numpy().tobytes())
         return int.from_bytes(digest.digest()[:8], "big") >> 1
 
     def rows(self, first: int, end: int) -> PassRows:
@@ -74,7 +77,7 @@ class Plan:
                 parts.append(
                     PassRows(
                         rows=new_positions - first,
-                        slots=piece.slots[start - piece.start : stop - piece.start].cpu(),
+                        slots=piece.slots[start - piece.start : stop - piece.start],
                         old_positions=offsets + piece.old_start,
                         new_positions=new_positions,
                         offsets=offsets,

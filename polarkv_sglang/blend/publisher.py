@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -20,7 +19,9 @@ logger = logging.getLogger(__name__)
 # Notes that are remembered here: they are written once their last block is in the pool, and again whenever
 # it is put there again.
 _MOST_NOTES: Final = 16384
-_MOST_EVENTS: Final = 1024  # that wait for the thread; more are forgotten
+# What waits for the thread at most; more is forgotten.
+_MOST_EVENTS: Final = 1024
+_MOST_TOKENS: Final = 1 << 22
 
 # SGLang's chained page hashes of tokens: of the whole pages, from a seed on.
 PageHashes = Callable[[Tokens, str], list[str]]
@@ -42,7 +43,7 @@ class Publisher:
     What does not get through is not found by others, and computed by them.
 
     Memory is bounded: 16,384 notes of up to 4 KiB each are remembered, 64 MiB and about 8 for their names.
-    Of 1,024 events that can wait, a prompt's keeps its tokens, 8 bytes each; most are the index's own.
+    Of 1,024 events that can wait, a prompt's keeps its tokens, 8 bytes each: 32 MiB of all.
     """
 
     def __init__(
@@ -56,12 +57,15 @@ class Publisher:
         self._keys: dict[str, set[bytes]] = {}  # of these notes, by the last page
         self._rolling: RollingHash | None = None
         self._events: queue.Queue[_Learned | _Stored | None] = queue.Queue(_MOST_EVENTS)
+        self._waiting_tokens = 0  # in them
+        self._lock = threading.Lock()  # of _waiting_tokens
         self._thread = threading.Thread(target=self._run, name="polarkv-blend-publisher", daemon=True)
         self._thread.start()
 
     def learn(self, naming: Naming, tokens: Tokens) -> None:
         """A prompt's exact KV is in the radix tree, from where its pages go to the pool."""
-        self._tell(_Learned(naming, tokens))
+        if self._waits_with(len(tokens)) and not self._tell(_Learned(naming, tokens)):
+            self._waits_with(-len(tokens))
 
     def stored(self, pages: Sequence[str]) -> None:
         """Blocks with these page hashes are in the pool."""
@@ -72,14 +76,25 @@ class Publisher:
         self._events.put(None)
         self._thread.join()
 
-    def _tell(self, event: _Learned | _Stored) -> None:
-        with contextlib.suppress(queue.Full):
+    def _waits_with(self, tokens: int) -> bool:
+        """Whether so many tokens more, or fewer, may wait; they are counted then."""
+        with self._lock:
+            fits = self._waiting_tokens + tokens <= _MOST_TOKENS
+            self._waiting_tokens += tokens if fits else 0
+            return fits
+
+    def _tell(self, event: _Learned | _Stored) -> bool:
+        try:
             self._events.put_nowait(event)
+        except queue.Full:
+            return False
+        return True
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
             try:
                 if isinstance(event, _Learned):
+                    self._waits_with(-len(event.tokens))
                     self._learn(event)
                 else:
                     self._write(event.pages)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polarkv_sglang.blend.donors import held_end
-from polarkv_sglang.blend.index import ChunkIndex, Space
+from polarkv_sglang.blend.matches import Matches, beyond, gaps_left
 from polarkv_sglang.blend.options import Wish
 from polarkv_sglang.blend.search import Gap, Search
 from polarkv_sglang.blend.shared import SharedDonors
+from polarkv_sglang.blend.spans import Span
 from polarkv_sglang.blend.text_finder import MOST_SEARCHES
 
 if TYPE_CHECKING:
@@ -61,13 +62,13 @@ class Searches:
     def __init__(
         self,
         cache: PolarRadixCache,
-        index: ChunkIndex,
+        matches: Matches,
         shared: SharedDonors,
         agree: Callable[[Sequence[int]], list[bool]],
         least_tokens: int,
     ) -> None:
         self._cache = cache
-        self._index = index
+        self._matches = matches
         self._shared = shared
         self._agree = agree
         self._least_tokens = least_tokens
@@ -129,11 +130,11 @@ class Searches:
     def _missing(self, request: Req, wish: Wish) -> list[Gap]:
         """What of a prompt is neither its exact prefix nor held by donors here, if it could be blended."""
         try:
-            matches = list(self._index.find(request.full_untruncated_fill_ids, *beyond(request)))
-            here = [(match.start, held_end(self._cache, match)) for match in matches]
+            matches = self._matches.of(request, wish)
+            here = [Span(match.start, held_end(self._cache, match)) for match in matches]
             gaps = gaps_left(request, here, wish)
-            missing = [gap for gap in gaps if gap.end - gap.start >= self._index.chunk_tokens]
-            within = sum(gap.end - gap.start for gap in missing) + sum(end - start for start, end in here)
+            missing = [gap for gap in gaps if gap.end - gap.start >= self._matches.least_tokens]
+            within = sum(end - start for start, end in [*missing, *here])
         except Exception:  # on all ranks alike: they have the same tree, index and request
             logger.exception("PolarKV: what to look for in the pool could not be told; it is computed")
             return []
@@ -157,23 +158,3 @@ def _digest(search: Search | None) -> int:
         return 0
     search.freeze()
     return search.digest()
-
-
-def beyond(request: Req) -> tuple[Space, int]:
-    """Where a request's donors are looked for, and from which token on: past its exact prefix."""
-    known = int(request.prefix_len + request.host_hit_length)
-    return Space(request.extra_key, request.cache_salt), known
-
-
-def gaps_left(request: Req, here: Sequence[tuple[int, int]], wish: Wish) -> list[Gap]:
-    """What may be reused of a prompt past its exact prefix, but for ``here``: ascending (start, end).
-
-    Never its last token: what follows from it is asked for.
-    """
-    end = len(request.full_untruncated_fill_ids) - 1
-    borders = [beyond(request)[1], *(border for piece in here for border in piece), end]
-    gaps = [Gap(one, other) for one, other in zip(borders[::2], borders[1::2]) if one < other]
-    if wish.spans is None:
-        return gaps
-    cut = (Gap(max(gap.start, one), min(gap.end, other)) for gap in gaps for one, other in wish.spans)
-    return [gap for gap in cut if gap.start < gap.end]

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from polarkv_sglang.blend.stages import Metric, Stage, Strategy
+from polarkv_sglang.blend.stages import Metric, Stage, Strategy, parse_stages
 from polarkv_sglang.kernels.deviation import deviation_of_sums
 
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    from polarkv_sglang.config import PolarConfig
 
 
 class Selection(NamedTuple):
@@ -22,11 +24,29 @@ class Selection(NamedTuple):
     strategy: Strategy = "deviation"
 
     def with_ratio(self, ratio: float) -> Selection:
-        """The same with another ratio at the check layer; later stages narrow by the same factors."""
-        first = self.stages[0].ratio
-        scale = ratio / first if first else 0.0
-        later = [Stage(stage.layer, stage.ratio * scale) for stage in self.stages[1:]]
+        """The same with another ratio at the check layer; later stages narrow by the same factors.
+
+        At ratio 1 there are none: it is a full prefill. Nor are there where ours is 0, which has no factors.
+        """
+        later = [] if ratio == 1 else [Stage(layer, ratio * factor) for layer, factor in self.factors]
         return self._replace(stages=(Stage(self.stages[0].layer, ratio), *later))
+
+    @property
+    def factors(self) -> list[tuple[int, float]]:
+        """Layers of the later stages, and what share of the first one's rows they compute."""
+        first = self.stages[0].ratio
+        return [(stage.layer, stage.ratio / first) for stage in self.stages[1:]] if first else []
+
+    def settings(self) -> str:
+        """How rows are chosen at any ratio, as text that differs where that does."""
+        narrowing = ",".join(f"{layer}:{factor:.6g}" for layer, factor in self.factors)
+        return f"{self.stages[0].layer} {narrowing} {self.metric} {self.strategy}"
+
+
+def selection_of(config: PolarConfig) -> Selection:
+    """What an engine's settings say."""
+    stages = parse_stages(config.blend_check_layer, config.blend_ratio, config.blend_stages)
+    return Selection(stages, config.blend_metric, config.blend_strategy)
 
 
 def chosen_rows(cached_rows: int, ratio: float) -> int:

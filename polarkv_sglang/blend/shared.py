@@ -19,6 +19,7 @@ from polarkv_sglang.blend.publisher import Publisher
 from polarkv_sglang.blend.rolling import Tokens
 from polarkv_sglang.blend.search import Arrived, Gap, Search, Wanted
 from polarkv_sglang.blend.sightings import Naming
+from polarkv_sglang.blend.spans import parts
 from polarkv_sglang.blend.text_finder import TextFinder
 from polarkv_sglang.hicache.device_pools import DevicePool
 from polarkv_sglang.kernels.pack import unpack_blocks
@@ -144,25 +145,16 @@ class SharedDonors:
         return cuts
 
     def enter(self, landing: Landing) -> None:
-        """Bring the pages' KV to L1, on the current stream; done when it returns."""
+        """Bring the pages' KV to L1, on the current stream: the arena's rows are read until that is done."""
         for first, end in _stretches(landing.rows):
             row = landing.rows[first]
             blocks = self.finder.arena.blocks[row : row + end - first]
             blocks = blocks.to(self._pool.device, non_blocking=True)
             unpack_blocks(self._pool, landing.starts[first:end], blocks)
-        if self._pool.device.type == "cuda":
-            torch.cuda.current_stream(self._pool.device).synchronize()
 
     def leave(self, landing: Landing) -> None:
         """Free the pages."""
         self._cache.token_to_kv_pool_allocator.free(landing.starts)
-
-    def close(self) -> None:
-        """End the threads."""
-        self.finder.close()
-        if self._publisher is not None:
-            self._cache.runtime.on_stored = None
-            self._publisher.close()
 
     def _naming(self, space: Space) -> Naming | None:
         """None while nothing may be shared. All ranks have one name for a text: the first one's notes."""
@@ -180,11 +172,7 @@ def page_hashes(page_tokens: int, tokens: Tokens, seed: str) -> list[str]:
 
 
 def _cut(arrived: Sequence[Arrived], gaps: Sequence[Gap], least: int) -> Iterator[tuple[Arrived, int, int]]:
-    for gap in gaps:
-        for each in arrived:
-            start, end = max(each.start, gap.start), min(each.end, gap.end)
-            if end - start >= least:
-                yield each, start, end
+    return ((each, start, end) for each, start, end in parts(arrived, gaps) if end - start >= least)
 
 
 def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:

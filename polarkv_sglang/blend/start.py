@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from polarkv_sglang import compat
 from polarkv_sglang.blend.adder import blending_adder
 from polarkv_sglang.blend.blender import Blender
 from polarkv_sglang.blend.model import Unsupported, inspect_model
+from polarkv_sglang.blend.select import selection_of
 from polarkv_sglang.blend.shared import SharedDonors
 from polarkv_sglang.blend.verdict import UnknownWeights, missing_verdict, verdict_path, verdicts_folder
+from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.hicache.device_pools import device_pool
 from polarkv_sglang.radix.cache import PolarRadixCache
 
@@ -47,10 +50,9 @@ def start_blending(cache: PolarRadixCache, runner: ModelRunner) -> None:
     unchecked = _unchecked(cache, runner)
     if unchecked is not None:
         logger.warning(
-            "PolarKV: CacheBlend is off: %s; run polarkv blend-check %s --dtype %s (or set blend_gate=none)",
+            "PolarKV: CacheBlend is off: %s; run %s (or set blend_gate=none)",
             unchecked,
-            runner.server_args.model_path,
-            str(runner.dtype).removeprefix("torch."),
+            _check_command(cache.runtime.config, runner),
         )
         return
     agree = functools.partial(_agree, cache) if get_parallel().tp_group.world_size > 1 else None
@@ -100,7 +102,8 @@ def _unchecked(cache: PolarRadixCache, runner: ModelRunner) -> str | None:
     if config.blend_gate == "none":
         return None
     try:
-        reason = missing_verdict(verdict_path(verdicts_folder(config.blend_verdicts), runner))
+        path = verdict_path(verdicts_folder(config.blend_verdicts), runner, selection_of(config))
+        reason = missing_verdict(path)
     except UnknownWeights as error:
         reason = str(error)
     except Exception:  # the other ranks wait for an answer
@@ -110,6 +113,20 @@ def _unchecked(cache: PolarRadixCache, runner: ModelRunner) -> str | None:
     passed = torch.tensor([int(reason is None)])
     cache._all_reduce(passed, torch.distributed.ReduceOp.MIN)
     return reason or (None if bool(passed) else "the verdict is not on every host")
+
+
+def _check_command(config: PolarConfig, runner: ModelRunner) -> str:
+    """What checks the model as it would be blended here."""
+    dtype = str(runner.dtype).removeprefix("torch.")
+    command = ["polarkv", "blend-check", str(runner.server_args.model_path), "--dtype", dtype]
+    settings = ["blend_check_layer", "blend_metric", "blend_strategy", "blend_stages"]
+    settings += ["blend_ratio"] if config.blend_stages else []  # which stages narrow from
+    settings += ["blend_verdicts"]
+    usual = PolarConfig()
+    for name in settings:
+        if getattr(config, name) != getattr(usual, name):
+            command += ["--" + name.removeprefix("blend_").replace("_", "-"), str(getattr(config, name))]
+    return shlex.join(command)
 
 
 def _agree(cache: PolarRadixCache, numbers: Sequence[int]) -> list[bool]:
@@ -143,4 +160,10 @@ def _forward(
 
     if _blended is None or _blended[0] is not runner:
         return whole()
-    return _blended[1].forward(runner, forward_batch, whole)
+    result = _blended[1].forward(runner, forward_batch, whole)
+    # What a plan brings from L2 arrives while this batch is computed. If the plan is not used, or not yet, no
+    # layer has waited for it, and the next batch, which may read it, waits for its own loads only.
+    counter = runner.token_to_kv_pool.layer_transfer_counter
+    if counter is not None:
+        counter.wait_until(counter.num_layers - 1)
+    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -12,8 +12,9 @@ from polarkv_sglang.blend.arena import Arena
 from polarkv_sglang.blend.index import agreeing
 from polarkv_sglang.blend.publisher import PageHashes
 from polarkv_sglang.blend.rolling import RollingHash, Tokens
-from polarkv_sglang.blend.search import Arrived, Gap, Search, Wanted
+from polarkv_sglang.blend.search import Arrived, Search, Wanted
 from polarkv_sglang.blend.sightings import Sighting, decode_note, landmarks, note_key
+from polarkv_sglang.blend.spans import parts
 from polarkv_sglang.identity import NO_PARENT, block_keys
 from polarkv_sglang.pool.blocks import Chain, leading
 from polarkv_sglang.pool.client import PoolClient
@@ -116,11 +117,13 @@ class TextFinder:
     def _runs(self, wanted: Wanted, deadline: float) -> list[_Run]:
         """What notes tell of the gaps, ascending and without overlap."""
         tokens, window = wanted.tokens, wanted.naming.window
-        places = [
-            at
-            for at in landmarks(RollingHash(window), tokens)
-            if any(at < gap.end and gap.start < at + window for gap in wanted.gaps)
-        ]
+        ends = [gap.end for gap in wanted.gaps]
+
+        def meets_a_gap(at: int) -> bool:
+            first = bisect_right(ends, at)  # that ends behind the landmark's beginning
+            return first < len(ends) and wanted.gaps[first].start < at + window
+
+        places = [at for at in landmarks(RollingHash(window), tokens) if meets_a_gap(at)]
         runs: list[_Run] = []
         for first in range(0, len(places), MAX_NOTES):
             if self._is_late(deadline):
@@ -139,7 +142,11 @@ class TextFinder:
                 run.start = max(run.start, runs[-1].end if runs else 0)
                 if run.end - run.start >= self._least_tokens:
                     runs.append(run)
-        return [part for run in runs for part in self._within(run, wanted.gaps)]
+        return [
+            _Run(start, end, run.shift, run.pages)
+            for run, start, end in parts(runs, wanted.gaps)
+            if end - start >= self._least_tokens
+        ]
 
     def _match(self, tokens: Tokens, at: int, window: int, sighting: Sighting) -> _Run | None:
         """What a sighting has in common with the prompt around a landmark at ``at``."""
@@ -162,12 +169,6 @@ class TextFinder:
     def _pages(self, start: int, end: int, shift: int) -> range:
         """Numbers of the donor's pages that have tokens [start, end) of the prompt."""
         return range((start + shift) // self._page_tokens, -(-(end + shift) // self._page_tokens))
-
-    def _within(self, run: _Run, gaps: Sequence[Gap]) -> Iterator[_Run]:
-        for gap in gaps:
-            start, end = max(run.start, gap.start), min(run.end, gap.end)
-            if end - start >= self._least_tokens:
-                yield _Run(start, end, run.shift, run.pages)
 
     def _is_late(self, deadline: float) -> bool:
         """Whether another call could take longer than anybody waits."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
+from polarkv_sglang.blend.select import Selection
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.identity import digest_config
 
@@ -46,14 +47,15 @@ def verdicts_folder(setting: str | None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "polarkv" / "blend"
 
 
-def verdict_path(folder: Path, runner: ModelRunner) -> Path:
-    """The file of the runner's model: named by its configuration, its weights and its dtype.
+def verdict_path(folder: Path, runner: ModelRunner, selection: Selection) -> Path:
+    """The file of the runner's model: named by its configuration, weights, dtype and how rows are chosen.
 
-    Raises UnknownWeights.
+    Whatever the ratio: a check tries several. Raises UnknownWeights.
     """
     config = digest_config(runner.model_config.hf_config.to_dict())
     weights = checkpoint_digest(_checkpoint(runner))
-    name = hashlib.sha256(f"{config} {weights} {runner.dtype}".encode()).hexdigest()[:32]
+    checked = f"{config} {weights} {runner.dtype} {selection.settings()}"
+    name = hashlib.sha256(checked.encode()).hexdigest()[:32]
     return folder / f"{name}.json"
 
 

@@ -34,6 +34,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--strategy", choices=("deviation", "first"), default="deviation", help="As --polarkv-blend-strategy."
     )
+    parser.add_argument("--stages", default="", help="As --polarkv-blend-stages.")
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        default=0.15,
+        help="As --polarkv-blend-ratio: what --stages narrow from. Default: 0.15.",
+    )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="Draw what was measured, as a PNG.")
     parser.add_argument("--verdicts", metavar="DIR", help="As --polarkv-blend-verdicts.")
     return parser
@@ -47,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.tokens < 400 or args.prompts < 1:
         raise ConfigError(f"{args.prompts} prompts of {args.tokens} tokens; at least 1 of 400 are needed")
+    if not 0 <= args.ratio <= 1:
+        raise ConfigError(f"--ratio {args.ratio}; a share of the reused tokens, 0 to 1, is needed")
     if args.plot is not None:
         _require_plot(args.plot)
     import sglang
@@ -56,18 +65,16 @@ def run(args: argparse.Namespace) -> int:
     from polarkv_sglang.blend.curve import draw
     from polarkv_sglang.blend.offline import OfflineModel
     from polarkv_sglang.blend.select import Selection
-    from polarkv_sglang.blend.stages import Stage, require_layers
+    from polarkv_sglang.blend.stages import parse_stages, require_layers
     from polarkv_sglang.blend.verdict import Verdict, verdict_path, verdicts_folder, write_verdict
 
+    stages = parse_stages(args.check_layer, args.ratio, args.stages)
+    selection = Selection(stages, args.metric, args.strategy)
+    prompts = list(batteries(get_tokenizer(args.model).encode, args.tokens, args.prompts))
     model = OfflineModel(args.model, max_tokens=4 * args.tokens + 256, dtype=args.dtype)
-    path = verdict_path(verdicts_folder(args.verdicts), model.runner)
-    tokenizer = get_tokenizer(args.model)
-    require_layers((Stage(args.check_layer, RATIOS[-1]),), len(model.model.layers))
-    selection = Selection((Stage(args.check_layer, RATIOS[-1]),), args.metric, args.strategy)
-    found = [
-        compare(model, battery, selection, RATIOS)
-        for battery in batteries(tokenizer.encode, args.tokens, args.prompts)
-    ]
+    require_layers(stages, len(model.model.layers))
+    path = verdict_path(verdicts_folder(args.verdicts), model.runner, selection)
+    found = [compare(model, battery, selection, RATIOS) for battery in prompts]
     reasons = judge(model.runner.dtype, RATIOS, found)
     rows = [_summary(ratio, [each[at] for each in found]) for at, ratio in enumerate(RATIOS)]
     _show(rows, as_json=args.json)

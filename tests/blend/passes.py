@@ -9,10 +9,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sglang.srt.models import qwen3_moe
 
 from polarkv_sglang.blend import forward
 from polarkv_sglang.blend.offline import OfflineModel
 from polarkv_sglang.blend.plan import Plan
+from polarkv_sglang.blend.select import Selection
 from polarkv_sglang.blend.stages import Stage
 from tests.blend.fixtures import (
     ASKED,
@@ -28,7 +30,11 @@ from tests.blend.fixtures import (
 from tests.engine.servers import prompt
 
 # Of what Qwen3 has, GLM-4.5 has the norms of Q and K, and Llama the rotation of whole heads.
-ARCHITECTURES = ("llama", pytest.param("qwen3", marks=pytest.mark.slow), "glm4_moe")
+ARCHITECTURES = (
+    "llama",
+    "glm4_moe",
+    *(pytest.param(architecture, marks=pytest.mark.slow) for architecture in ("qwen3", "qwen3_moe")),
+)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -129,6 +135,31 @@ def test_no_row_sees_what_follows_it(clean: OfflineModel, monkeypatch: pytest.Mo
     assert relative(kv_before(prompt(5, TAIL)), kv_before(prompt(6, TAIL))) < 1e-6
     monkeypatch.setattr(forward, "sparse_query_attention", bottom_right)
     assert relative(kv_before(prompt(5, TAIL)), kv_before(prompt(6, TAIL))) > 1e-3
+
+
+def test_a_later_check_layer_leaves_those_before_it_exact(clean: OfflineModel) -> None:
+    donor, full = clean.prefill(SEEN), clean.prefill(ASKED, tail=TAIL)
+    for ratio in (0.15, 1.0):
+        selection = Selection((Stage(2, ratio),))
+        blended = clean.prefill(ASKED, plan=plan_of(donor), selection=selection, tail=TAIL)
+        assert blended.counts.recomputed == math.floor(ratio * REUSED + 0.5)
+        # It is the last of three layers, and has all rows' keys and values itself.
+        for mine, theirs in zip(clean.kv(blended.slots), clean.kv(full.slots)):
+            assert relative(mine, theirs) < 1e-5
+        assert (blended.logits - full.logits).abs().max() < 1e-4 * full.logits.abs().max()
+
+
+def test_no_kernel_of_the_model_writes_kv_meanwhile(
+    clean: OfflineModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-MoE's rotary embedding does on CUDA in bf16. Here is no such kernel: it must not be wanted."""
+    if not isinstance(clean.runner.model, qwen3_moe.Qwen3MoeForCausalLM):
+        pytest.skip("the others leave that to their attention")
+    donor, full = clean.prefill(SEEN), clean.prefill(ASKED, tail=TAIL)
+    monkeypatch.setattr(qwen3_moe, "enable_fused_set_kv_buffer", lambda _batch: True)
+    blended = clean.prefill(ASKED, plan=plan_of(donor), selection=by(1.0), tail=TAIL)
+    assert (blended.logits - full.logits).abs().max() < 1e-4 * full.logits.abs().max()
+    assert all(layer.self_attn.compatible_with_fused_kv_buffer for layer in clean.model.layers)
 
 
 def test_donors_and_all_other_slots_stay_as_they_are(clean: OfflineModel) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from polarkv_sglang.blend.start import start_blending
 from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.radix import PolarRadixCache
 from polarkv_sglang.runtime import PolarRuntime
+
+CONFIG = PolarConfig(blend="ask", blend_min_tokens=64, blend_gate="none")
 
 
 class Served(NamedTuple):
@@ -88,11 +91,15 @@ class Scheduler:
     ) -> Served:
         """As ``serve``, for a request that is there."""
         request.init_next_round_input(self.cache)
-        tokens = request.full_untruncated_fill_ids
         adder = self.adder(chunk)
         adder.add_one_req(request, has_chunked_req=False, truncation_align_size=None)
         assert adder.can_run_list == [request]
         before_passes()
+        return self.compute(request, chunk)
+
+    def compute(self, request: Req, chunk: int = 1 << 20) -> Served:
+        """Prefill a request that is in a batch, answer and release it."""
+        tokens = request.full_untruncated_fill_ids
         passes = 1
         logits = self._compute(request)
         while request.extend_end < len(tokens):
@@ -110,6 +117,11 @@ class Scheduler:
         release_kv_cache(request, self.cache, checkpoint=True)
         return Served(logits, request.cached_tokens, self.blender.counts(request), passes)
 
+    def forget(self) -> None:
+        """Empty tree and pool."""
+        self.cache.reset()
+        self.allocator.clear()
+
     def _compute(self, request: Req) -> torch.Tensor:
         batch = ScheduleBatch.init_new(
             [request],
@@ -126,3 +138,10 @@ class Scheduler:
         forward_batch = ForwardBatch.init_new(batch, self.runner, return_hidden_states_before_norm=False)
         with torch.no_grad():
             return self.runner.forward(forward_batch).logits_output.next_token_logits[0].clone()
+
+
+@contextlib.contextmanager
+def scheduling(model: OfflineModel, config: PolarConfig = CONFIG) -> Iterator[Scheduler]:
+    """A scheduler that starts with nothing, and leaves nothing."""
+    yield Scheduler(model, config)
+    model.clear()

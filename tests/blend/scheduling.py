@@ -6,30 +6,23 @@ import json
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
-import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from polarkv_sglang.blend import forward
-from polarkv_sglang.blend.blender import _log_refusal
-from polarkv_sglang.blend.model import _OFF, Unsupported, inspect_model
+from polarkv_sglang.blend.matches import MOST_MATCHES
 from polarkv_sglang.blend.offline import OfflineModel
+from polarkv_sglang.blend.options import Wish
 from polarkv_sglang.blend.start import start_blending
 from polarkv_sglang.cli import main
-from polarkv_sglang.config import PolarConfig
-from tests.blend.fixtures import ASKED, RATIOS, REUSED, SEEN, TAIL, load
-from tests.blend.scheduler import Scheduler
+from tests.blend.fixtures import ASKED, ONE, QUESTION, RATIOS, REUSED, SEEN, TAIL, load
+from tests.blend.scheduler import CONFIG, Scheduler, scheduling
 from tests.engine.servers import prompt
-
-CONFIG = PolarConfig(blend="ask", blend_min_tokens=64, blend_gate="none")
-sparse_query_attention = forward.sparse_query_attention
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
 
 @pytest.fixture
 def scheduler(model: OfflineModel) -> Iterator[Scheduler]:
-    yield Scheduler(model, CONFIG)
-    model.clear()
+    with scheduling(model) as running:
+        yield running
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 128])
@@ -61,8 +54,7 @@ def test_a_request_after_a_blended_one_gets_exact_kv_only(scheduler: Scheduler, 
 
 def test_a_blended_request_that_was_retracted_comes_back_exact_and_private(scheduler: Scheduler) -> None:
     expected = scheduler.serve([*ASKED, 5])
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
+    scheduler.forget()
     scheduler.serve(SEEN)
     known = scheduler.blender.index.statistics()
     request = scheduler.request(ASKED, polarkv_blend=True, polarkv_blend_ratio=0)
@@ -116,42 +108,6 @@ def matched(scheduler: Scheduler, tokens: list[int]) -> int:
     return int(scheduler.cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len)
 
 
-def test_a_donor_that_was_evicted_is_a_full_prefill(scheduler: Scheduler) -> None:
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    scheduler.cache.evict(EvictParams(num_tokens=1 << 14))
-    served = scheduler.serve(ASKED, polarkv_blend=True)
-    assert served.counts == (0, 0)
-    assert torch.equal(served.logits, expected.logits)
-    # It was a plain request then, and is a prefix for others.
-    assert scheduler.serve(ASKED).cached_tokens == 576
-
-
-def test_a_pass_that_fails_is_computed_in_full(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    calls = []
-
-    def breaks(*arguments: object) -> torch.Tensor:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise MemoryError("the last layer")
-        return sparse_query_attention(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(forward, "sparse_query_attention", breaks)
-    served = scheduler.serve(ASKED, polarkv_blend=True)
-    assert len(calls) == 2
-    assert served.counts == (0, 0)
-    assert (served.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
-    # Nothing is blended after that, and nothing is in the way of plain passes.
-    assert scheduler.serve(ASKED, polarkv_blend=True).counts == (0, 0)
-    assert len(calls) == 2
-
-
 def test_blended_and_plain_requests_take_turns(scheduler: Scheduler) -> None:
     scheduler.serve(SEEN)
     plain, blended = scheduler.request(prompt(7, 100)), scheduler.request(ASKED, polarkv_blend=True)
@@ -169,6 +125,47 @@ def test_blended_and_plain_requests_take_turns(scheduler: Scheduler) -> None:
     assert add(second, blended) is AddReqResult.CONTINUE
     assert add(second, scheduler.request(prompt(8, 50))) is AddReqResult.OTHER
     assert (first.can_run_list, second.can_run_list) == ([plain], [blended])
+
+
+def test_neither_kind_starves_and_the_queue_keeps_its_order(scheduler: Scheduler) -> None:
+    scheduler.serve(SEEN)
+    queue = [
+        scheduler.request([50 + at, *ASKED], polarkv_blend=True)
+        if at % 2
+        else scheduler.request(prompt(at, 40))
+        for at in range(20)
+    ]
+    order, passes = [request.rid for request in queue], 0
+    admitted: list[str] = []
+    while queue:
+        passes += 1
+        adder = scheduler.adder()
+        for request in queue:
+            request.init_next_round_input(scheduler.cache)
+            result = adder.add_one_req(request, has_chunked_req=False, truncation_align_size=None)
+            if result is not AddReqResult.CONTINUE:
+                break
+        blended = [request for request in adder.can_run_list if scheduler.blender.is_blended(request)]
+        assert not blended or adder.can_run_list == blended[:1]
+        for request in adder.can_run_list:
+            served = scheduler.compute(request)
+            assert (served.counts.blended > 0) is (request in blended)
+            queue.remove(request)
+            admitted.append(request.rid)
+        assert passes <= 20
+    assert admitted == order
+
+
+def test_an_exact_prefix_may_end_in_the_middle_of_a_document(scheduler: Scheduler) -> None:
+    expected = scheduler.serve(ASKED)
+    scheduler.forget()
+    scheduler.serve(SEEN)
+    scheduler.serve(ASKED[:64])
+    served = scheduler.serve(ASKED, polarkv_blend=True, polarkv_blend_ratio=1.0)
+    assert served.cached_tokens == 64
+    assert sum(served.counts) > REUSED - (64 - 11) - 32
+    assert (served.logits - expected.logits).abs().max() < 1e-4 * expected.logits.abs().max()
+    assert served.logits.argmax() == expected.logits.argmax()
 
 
 def test_a_request_that_waits_is_planned_once_until_something_changes(scheduler: Scheduler) -> None:
@@ -221,57 +218,6 @@ def test_who_does_not_ask_rightly_is_computed_in_full(
     assert scheduler.serve(ASKED, **custom).counts == (0, 0)
 
 
-def test_no_donor_is_of_other_weights(scheduler: Scheduler) -> None:
-    scheduler.serve(SEEN)
-    guard = scheduler.cache.runtime.weights
-    guard.suspend()  # an update without a flush: the tree keeps what it holds
-    assert scheduler.serve(ASKED, polarkv_blend=True).counts == (0, 0)
-    guard.name()
-    assert scheduler.serve([5, *ASKED], polarkv_blend=True).counts == (0, 0)
-    guard.adopt()  # the same bytes as before
-    assert scheduler.serve([6, *ASKED], polarkv_blend=True).counts.blended > 0
-
-
-def test_an_update_between_two_passes_ends_the_blending(scheduler: Scheduler) -> None:
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    # Nothing has been written after the plan: had it been used, the answer would be another.
-    served = scheduler.serve(
-        ASKED,
-        before_passes=scheduler.cache.runtime.weights.suspend,
-        polarkv_blend=True,
-        polarkv_blend_ratio=0,
-    )
-    assert served.counts == (0, 0)
-    assert (served.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
-    assert scheduler.cache.protected_size() == 0
-
-
-def test_a_pass_that_no_rank_can_do_is_computed_in_full_by_all(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that writes its KV by itself, as fused kernels do: all ranks find that out alike."""
-    expected = scheduler.serve(ASKED)
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
-    scheduler.serve(SEEN)
-    monkeypatch.setattr(scheduler.blender, "_alone", False)
-
-    def saved_already(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> object:
-        return args, {**kwargs, "save_kv_cache": False} if "forward" in module.__dict__ else kwargs
-
-    attention = scheduler.runner.model.model.layers[1].self_attn.attn
-    hook = attention.register_forward_pre_hook(saved_already, with_kwargs=True)
-    try:
-        served = scheduler.serve(ASKED, polarkv_blend=True)
-    finally:
-        hook.remove()
-    assert served.counts == (0, 0)
-    assert (served.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
-
-
 def test_blended_passes_are_told_from_those_that_show_the_speed_of_prefill(scheduler: Scheduler) -> None:
     """Also where the answer is one token, so that the request has left when its batch is seen."""
     for tokens, custom, blended in ((SEEN, {}, False), (ASKED, {"polarkv_blend": True}, True)):
@@ -280,46 +226,30 @@ def test_blended_passes_are_told_from_those_that_show_the_speed_of_prefill(sched
         assert scheduler.blender.see_batch([request]) is blended
 
 
-def test_reasons_are_few_whatever_requests_say(scheduler: Scheduler) -> None:
-    """They are remembered, so that each is logged once."""
-    scheduler.serve(SEEN)
-    _log_refusal.cache_clear()
-    for value in range(2, 12):
-        scheduler.serve(ASKED, polarkv_blend=True, polarkv_blend_ratio=value)
-        scheduler.serve(ASKED, polarkv_blend=value)
-    assert _log_refusal.cache_info().currsize == 2
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("is_embedding", True),
-        ("enable_mis", True),
-        ("enable_return_routed_experts", True),
-        ("enable_pdmux", True),
-        ("cpu_offload_gb", 2),
-        ("offload_group_size", 4),
-        ("enable_lora", True),
-        ("speculative_algorithm", "EAGLE"),
-    ],
-)
-def test_settings_that_no_pass_can_serve_are_named(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, setting: str, value: object
-) -> None:
-    inspect_model(scheduler.runner)
-    arguments = SimpleNamespace(**{name: getattr(scheduler.runner.server_args, name) for name in _OFF})
-    setattr(arguments, setting, value)
-    monkeypatch.setattr(scheduler.runner, "server_args", arguments)
-    with pytest.raises(Unsupported, match=f"--{setting.replace('_', '-')} {value} is set"):
-        inspect_model(scheduler.runner)
-
-
 def test_spans_limit_what_is_reused(scheduler: Scheduler) -> None:
     scheduler.serve(SEEN)
     served = scheduler.serve(
         ASKED, polarkv_blend=True, polarkv_blend_spans=[100, 180, 300, 301], polarkv_blend_ratio=0
     )
     assert served.counts == (81, 0)
+
+
+def test_of_many_matches_the_longest_are_used_and_looked_up_once(scheduler: Scheduler) -> None:
+    """Each is a walk down the tree in the scheduler's thread."""
+    short = [prompt(300 + at, 33) for at in range(MOST_MATCHES + 10)]
+    for at in range(0, len(short), 10):
+        scheduler.serve([token for text in short[at : at + 10] for token in [*text, 7]])
+    scheduler.serve(ONE)
+    asked = [token for text in [*short, ONE[:288]] for token in [*text, 9]] + QUESTION
+    request = scheduler.request(asked, polarkv_blend=True)
+    request.init_next_round_input(scheduler.cache)
+    matches = scheduler.blender._matches
+    found = matches.of(request, Wish(None, None))
+    assert len(found) <= MOST_MATCHES
+    assert max(match.end - match.start for match in found) >= 288
+    assert matches.of(request, Wish(None, None)) is found
+    scheduler.serve(prompt(600, 64))
+    assert matches.of(request, Wish(None, None)) is not found
 
 
 def test_salts_and_extra_keys_keep_their_text_to_themselves(scheduler: Scheduler) -> None:
@@ -364,14 +294,17 @@ def test_a_request_that_cannot_be_read_is_computed_in_full(scheduler: Scheduler)
 
 
 def test_a_model_is_blended_once_it_has_passed_its_check(
-    scheduler: Scheduler, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scheduler: Scheduler,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     verdicts = tmp_path / "verdicts"
     gated = msgspec.structs.replace(CONFIG, blend_gate="verdict", blend_verdicts=str(verdicts))
 
-    def starts() -> bool:
+    def starts(**change: object) -> bool:
         scheduler.cache.blender = None
-        scheduler.cache.runtime.config = gated
+        scheduler.cache.runtime.config = msgspec.structs.replace(gated, **change)
         start_blending(scheduler.cache, scheduler.runner)
         return scheduler.cache.blender is not None
 
@@ -387,6 +320,14 @@ def test_a_model_is_blended_once_it_has_passed_its_check(
     assert rows[0]["v_error"] > 0.05 > rows[-1]["v_error"]
     assert rows[-1]["top1_agreement"] == 1.0
     assert starts()
+    # What was checked is how rows are chosen, too.
+    for change in ({"blend_strategy": "first"}, {"blend_metric": "k"}, {"blend_stages": "2:0.1"}):
+        assert not starts(**change)
+    # The log says how to check that.
+    assert (
+        f"blend-check {model} --dtype float32 --stages 2:0.1 --verdicts {verdicts} (or" in caplog.messages[-1]
+    )
+    assert starts(blend_ratio=0.3)
     assert_only_checked_weights_are_blended(scheduler)
     # A verdict that says no, or says nothing, or is of another version.
     (path,) = verdicts.iterdir()
@@ -409,9 +350,7 @@ def assert_only_checked_weights_are_blended(scheduler: Scheduler) -> None:
         guard.suspend()
         embedding.data[5] = row
         guard.name()
-        scheduler.cache.reset()
-        scheduler.allocator.clear()
+        scheduler.forget()
         scheduler.serve(SEEN)
         assert (scheduler.serve(ASKED, polarkv_blend=True).counts.blended > 0) is blends
-    scheduler.cache.reset()
-    scheduler.allocator.clear()
+    scheduler.forget()

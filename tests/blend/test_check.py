@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +11,13 @@ import pytest
 import torch
 
 from examples.common import tiny_models
-from polarkv_sglang.blend.check import Compared, judge
+from polarkv_sglang.blend.check import Compared, _layer_tokens, batteries, judge
 from polarkv_sglang.blend.curve import draw
+from polarkv_sglang.blend.select import Selection
+from polarkv_sglang.blend.stages import parse_stages
 from polarkv_sglang.blend.verdict import UnknownWeights, checkpoint_digest
 from polarkv_sglang.cli import main
+from polarkv_sglang.errors import ConfigError
 
 
 def test_what_is_wrong_with_a_model_is_named() -> None:
@@ -26,6 +31,32 @@ def test_what_is_wrong_with_a_model_is_named() -> None:
     assert "at ratio 1 logits are off by 0.01" in reason
     (reason,) = judge(torch.float32, ratios, [[right, exact._replace(v_error=0.3)]])
     assert "v_error rises from 0.2 at 0.0 to 0.3 at 1.0" in reason
+
+
+def test_what_is_not_a_number_is_wrong() -> None:
+    right = Compared(1, 0.2, 0.2, 1e-6, 0.0, 1.0, 0.1, 2.0)
+    broken = right._replace(k_error=0.0, v_error=math.nan, logits=math.nan)
+    logits, values = judge(torch.bfloat16, (0.0, 1.0), [[right, broken]])
+    assert "at ratio 1 logits are off by nan" in logits
+    assert "v_error rises from 0.2 at 0.0 to nan at 1.0" in values
+    assert judge(torch.bfloat16, (0.0,), [[right._replace(first_k_error=math.nan)]])
+
+
+def test_prompts_longer_than_the_manual_has_chapters_for_are_refused() -> None:
+    def letters(text: str) -> list[int]:
+        return list(text.encode())
+
+    with pytest.raises(ConfigError, match="eight chapters for up to") as caught:
+        next(batteries(letters, 10_000_000, 1))
+    most = int(re.findall(r"\d+", str(caught.value))[-1])
+    battery = next(batteries(letters, most, 1))
+    assert most - 8 < len(battery.asked) <= most
+
+
+def test_rows_are_counted_stage_by_stage() -> None:
+    # 100 tokens, 60 of them cached, in 10 layers: one of all rows, three of 40 + 30, six of 40 + 6.
+    selection = Selection(parse_stages(1, 0.5, "4:0.1"))
+    assert _layer_tokens(100, 60, selection, 10) == 100 + 3 * 70 + 6 * 46
 
 
 def test_weights_that_differ_in_one_number_of_each_tensor_are_others(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from polarkv_sglang.blend import text_finder
+from polarkv_sglang.blend import publisher, text_finder
 from polarkv_sglang.blend.arena import Arena
 from polarkv_sglang.blend.publisher import Publisher
 from polarkv_sglang.blend.rolling import RollingHash
@@ -260,6 +261,30 @@ def test_notes_that_are_not_what_was_written_are_none(pair: tuple[Engine, Engine
     writer.client.write_notes({each.key: b"garbage" for each in written})
     writer.told()
     assert reader.find(text.tolist()) == []
+
+
+def test_prompts_that_wait_to_be_told_of_have_a_limit_in_tokens(
+    pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand long ones would be a gigabyte."""
+    monkeypatch.setattr(publisher, "_MOST_TOKENS", 1000)
+    told, hold = [], threading.Event()
+
+    def slowly(tokens: np.ndarray, seed: str) -> list[str]:
+        told.append(len(tokens))
+        hold.wait(20)
+        return hash_pages(tokens, seed)
+
+    slow = Publisher(pair[0].client, slowly, page_tokens=PAGE, stripe_pages=STRIPE)
+    slow.learn(HERE, array(prompt(800, 900)))
+    while not told:  # it waits no more
+        time.sleep(0.002)
+    for seed in range(801, 811):
+        slow.learn(HERE, array(prompt(seed, 300)))
+    hold.set()
+    slow.close()
+    assert told == [900, 300, 300, 300]
+    assert slow._waiting_tokens == 0
 
 
 def test_what_does_not_fit_is_left_out(nodes: tuple[RunningNode, RunningNode]) -> None:

@@ -134,3 +134,43 @@ def test_a_donor_that_is_removed_is_not_found() -> None:
     known.add(words(1, 64), HERE)
     known.clear()
     assert known.statistics() == (0, 0, 0)
+
+
+def test_as_many_tenants_as_clients_name_are_not_remembered() -> None:
+    known = index(capacity_tokens=200)
+    for number in range(1000):
+        known.add(words(number, 64), Space(None, f"salt {number}"))
+        assert len(known._blocks) <= 3
+    assert known.statistics() == (3, 24, 192)
+    (match,) = found(known, words(999, 64), Space(None, "salt 999"))
+    known.remove(match.donor)
+    assert len(known._blocks) == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(CHUNK, 2 * CHUNK), st.integers(0, 40), st.integers(0, 40))
+def test_short_text_is_found_where_a_block_of_its_donor_lies_in_it(
+    seed: int, length: int, before: int, elsewhere: int
+) -> None:
+    """Which is so for all text of twice a chunk less one token."""
+    document = words(seed, length)
+    known = index()
+    known.add(words(seed + 1, before) + document + words(seed + 2, 20), HERE)
+    matches = found(known, words(seed + 3, elsewhere) + document + words(seed + 4, 9))
+    first_block = -(-before // CHUNK) * CHUNK
+    lies_in_it = first_block + CHUNK <= before + length
+    assert [(match.start, match.end) for match in matches] == [(elsewhere, elsewhere + length)] * lies_in_it
+    assert lies_in_it or length < 2 * CHUNK - 1
+
+
+def test_a_change_is_told_wherever_an_answer_may_be_another() -> None:
+    known = index()
+    seen = [known.changes]
+    for change in (
+        lambda: known.add(words(1, 64), HERE),
+        lambda: known.remove(next(known.find(words(1, 64), HERE)).donor),
+        known.clear,
+    ):
+        change()
+        assert known.changes > seen[-1]
+        seen.append(known.changes)

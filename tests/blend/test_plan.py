@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from polarkv_sglang.blend.plan import Piece, Plan
 from polarkv_sglang.blend.select import Selection, choose_by_deviation, choose_first, chosen_rows
+from polarkv_sglang.blend.spans import Span, parts
 from polarkv_sglang.blend.stages import Stage, parse_stages, require_layers
 from polarkv_sglang.errors import ConfigError
 
@@ -86,3 +87,43 @@ def test_a_layer_that_the_model_lacks_is_named() -> None:
 def test_a_requests_ratio_scales_all_stages() -> None:
     scaled = Selection(parse_stages(1, 0.2, "4:0.1")).with_ratio(0.4)
     assert scaled.stages == (Stage(1, 0.4), Stage(4, 0.2))
+
+
+def test_ratio_one_is_a_full_prefill_whatever_the_stages() -> None:
+    for first in (0.0, 0.2, 1.0):
+        narrowing = Selection(parse_stages(1, first, f"4:{first / 2}"))
+        assert narrowing.with_ratio(1.0).stages == (Stage(1, 1.0),)
+    # An engine's ratio of 0 has no later stages to scale.
+    assert Selection(parse_stages(1, 0.0, "4:0")).with_ratio(0.3).stages == (Stage(1, 0.3),)
+
+
+def test_a_verdict_counts_for_settings_that_choose_alike() -> None:
+    usual = Selection(parse_stages(1, 0.2, "4:0.1"))
+    assert usual.with_ratio(0.4).settings() == usual.settings()
+    others = [
+        usual._replace(metric="k"),
+        usual._replace(strategy="first"),
+        Selection(parse_stages(2, 0.2, "4:0.1")),
+        Selection(parse_stages(1, 0.2, "4:0.05")),
+        Selection(parse_stages(1, 0.2, "")),
+    ]
+    assert len({each.settings() for each in [usual, *others]}) == 6
+
+
+borders = st.lists(st.integers(0, 40), max_size=12).map(sorted)
+
+
+@given(borders, borders)
+def test_parts_of_stretches_are_their_common_tokens(one: list[int], other: list[int]) -> None:
+    stretches, within = ([Span(*pair) for pair in zip(each[::2], each[1::2])] for each in (one, other))
+    found = list(parts(stretches, within))
+    tokens = [(stretch, at) for stretch, start, end in found for at in range(start, end)]
+    expected = [
+        (stretch, at)
+        for stretch in stretches
+        for at in range(stretch.start, stretch.end)
+        if any(span.start <= at < span.end for span in within)
+    ]
+    assert tokens == expected
+    assert all(start < end for _, start, end in found)
+    assert [(each.start, each.end) for each, _, _ in parts(stretches, None)] == stretches

@@ -56,8 +56,11 @@ def test_ranks_that_see_other_heads_choose_the_same_rows() -> None:
 
 
 @pytest.mark.slow
-def test_every_rank_chooses_the_same_rows(tmp_path: Path) -> None:
-    model = tiny_models.build("glm4_moe", tmp_path / "model", dtype=torch.float32)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "glm4_moe"])
+def test_every_rank_chooses_the_same_rows_and_at_ratio_one_answers_exactly(
+    tmp_path: Path, architecture: str
+) -> None:
+    model = tiny_models.build(architecture, tmp_path / "model", dtype=torch.float32)
     processes = start("rank", str(model), 1) + start("rank", str(model), 2)
     alone, first, second = results(processes)
     assert first[0] == second[0] == alone[0]
@@ -65,3 +68,6 @@ def test_every_rank_chooses_the_same_rows(tmp_path: Path) -> None:
     for blended, whole in (first[1], second[1]):
         assert blended > 1e-2
         assert whole < 1e-5
+    for difference, equal in (pair for each in (alone, first, second) for pair in each[2]):
+        assert difference < 1e-4
+        assert equal

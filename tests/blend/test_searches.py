@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from polarkv_sglang.blend.index import ChunkIndex, Space
+from polarkv_sglang.blend.matches import Matches
 from polarkv_sglang.blend.options import Wish
 from polarkv_sglang.blend.search import Gap, Search, Wanted
 from polarkv_sglang.blend.searches import Searches
@@ -43,8 +44,8 @@ class Rank:
         self.begun: list[Search] = []
         self.naming = naming
         cache = SimpleNamespace(giving_way=GivingWay())
-        index = ChunkIndex(WINDOW, 1 << 20)
-        self.searches = Searches(cache, index, self, agree, WINDOW)  # type: ignore[arg-type]
+        matches = Matches(ChunkIndex(WINDOW, 1 << 20))
+        self.searches = Searches(cache, matches, self, agree, WINDOW)  # type: ignore[arg-type]
 
     def search(self, tokens: np.ndarray, _space: Space, gaps: Sequence[Gap]) -> Search:
         self.begun.append(self.running.finder.start(Wanted(tokens, gaps, self.naming, DIGEST, WEIGHTS)))

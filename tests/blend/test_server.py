@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from examples.common import tiny_models
 from tests.engine.servers import Server, prompt, running_server
 from tests.pool.test_embedded import eventually, is_gone
-from tests.support import running_node
+from tests.support import RunningNode, running_node
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -111,6 +112,26 @@ def test_requests_that_cannot_be_blended_are_answered_in_full(server: Server) ->
     assert ask(server, asked, polarkv_blend=True, polarkv_blend_ratio="many").sources["blended"] == 0
 
 
+def blended_tokens(server: Server) -> float:
+    """Of all requests so far, by the engine's metrics."""
+    lines = server.get("/metrics").splitlines()
+    names = ("polarkv_prompt_tokens_total{", 'source="blended"')
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(name in line for name in names))
+
+
+def test_openai_requests_are_blended_within_their_spans(server: Server) -> None:
+    ask(server, HEAD + prompt(111, 300) + prompt(112, 250))
+    asked = HEAD + prompt(112, 250) + prompt(111, 300) + QUESTION
+    before = blended_tokens(server)
+    custom = {"polarkv_blend": True, "polarkv_blend_ratio": 0, "polarkv_blend_spans": [100, 180, 300, 340]}
+    reply = server.post(
+        "/v1/completions", model="any", prompt=asked, max_tokens=4, temperature=0, custom_params=custom
+    )
+    assert reply["usage"]["completion_tokens"] == 4  # type: ignore[index]
+    assert blended_tokens(server) - before == 80 + 40
+    assert ask(server, asked).cached_tokens == 32, "the blended one is no prefix"
+
+
 def test_documents_that_left_l1_are_blended_from_l2(server: Server) -> None:
     ask(server, HEAD + prompt(41, 400) + prompt(42, 400))
     asked = HEAD + prompt(42, 400) + prompt(41, 400) + QUESTION
@@ -150,6 +171,57 @@ def test_documents_that_only_the_pool_has_are_blended(server: Server) -> None:
     assert exact.output_ids == whole.output_ids
 
 
+BLOCK_BYTES = 2 * 3 * 2 * 32 * 4 * 16  # K and V, layers, heads, dimensions of fp32, tokens
+
+
+def corrupt_blocks_before_the_last(node: RunningNode) -> None:
+    """Change a byte of some of the blocks that were put last, in the slab of a memory node's process."""
+    with open(f"/proc/{node.pid}/maps", encoding="utf-8") as file:
+        ranges = [line.split()[0].split("-") for line in file if " rw" in line]
+    start, end = max(
+        ((int(one, 16), int(other, 16)) for one, other in ranges), key=lambda each: each[1] - each[0]
+    )
+    with open(f"/proc/{node.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(start)
+        used = np.flatnonzero(np.frombuffer(memory.read(end - start), np.uint8))
+        for blocks in (10, 25):
+            at = start + int(used[-1]) - blocks * BLOCK_BYTES
+            memory.seek(at)
+            byte = memory.read(1)[0]
+            memory.seek(at)
+            memory.write(bytes([byte ^ 0x40]))
+
+
+@pytest.mark.slow
+def test_engines_share_donors_through_the_pool_and_do_without(tmp_path: Path) -> None:
+    model = tiny_models.build("llama", tmp_path / "llama", dtype=torch.float32)
+    seen, other = HEAD + prompt(91, 300) + prompt(92, 300), prompt(93, 400) + prompt(94, 300)
+    broken = HEAD + prompt(95, 300) + prompt(96, 300)
+    with running_node("256MiB") as node:
+        flags = (*FLAGS, "--polarkv-nodes", node.address)
+        with running_server(model, tmp_path / "one.log", *flags, environment=ONE_THREAD) as one:
+            for documents in (seen, other, broken):
+                one.generate(documents)
+                one.generate_from_pool(documents, 600)
+            corrupt_blocks_before_the_last(node)
+        with running_server(model, tmp_path / "two.log", *flags, environment=ONE_THREAD) as two:
+            asked = prompt(92, 300) + prompt(91, 300) + QUESTION
+            whole = ask(two, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
+            assert whole.sources["recomputed"] > 580
+            assert ask(two, asked, polarkv_blend=True).sources["blended"] > 480
+            assert ask(two, asked).output_ids == whole.output_ids
+            asked = prompt(96, 300) + prompt(95, 300) + QUESTION
+            partly = ask(two, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
+            assert 100 < partly.sources["recomputed"] < 550, "what follows a corrupt block is no donor"
+            assert ask(two, asked).output_ids == partly.output_ids
+            node.kill()
+            asked = prompt(94, 300) + prompt(93, 400) + QUESTION
+            without = ask(two, asked, polarkv_blend=True)
+            assert (without.sources["blended"], without.sources["recomputed"]) == (0, 0)
+            two.flush()
+            assert ask(two, asked).output_ids == without.output_ids
+
+
 def test_the_embedded_node_ends_with_the_last_engine_however_that_ends(
     server: Server, runtime_folder: Path
 ) -> None:
@@ -158,27 +230,3 @@ def test_the_embedded_node_ends_with_the_last_engine_however_that_ends(
     assert not is_gone(pid)
     server.kill()
     eventually(lambda: is_gone(pid))
-
-
-@pytest.mark.slow
-def test_engines_share_donors_through_the_pool_and_do_without(tmp_path: Path) -> None:
-    model = tiny_models.build("llama", tmp_path / "llama", dtype=torch.float32)
-    seen, other = HEAD + prompt(91, 300) + prompt(92, 300), prompt(93, 400) + prompt(94, 300)
-    with running_node("256MiB") as node:
-        flags = (*FLAGS, "--polarkv-nodes", node.address)
-        with running_server(model, tmp_path / "one.log", *flags, environment=ONE_THREAD) as one:
-            for documents in (seen, other):
-                one.generate(documents)
-                one.generate_from_pool(documents, 600)
-        with running_server(model, tmp_path / "two.log", *flags, environment=ONE_THREAD) as two:
-            asked = prompt(92, 300) + prompt(91, 300) + QUESTION
-            whole = ask(two, asked, polarkv_blend=True, polarkv_blend_ratio=1.0)
-            assert whole.sources["recomputed"] > 580
-            assert ask(two, asked, polarkv_blend=True).sources["blended"] > 480
-            assert ask(two, asked).output_ids == whole.output_ids
-            node.kill()
-            asked = prompt(94, 300) + prompt(93, 400) + QUESTION
-            without = ask(two, asked, polarkv_blend=True)
-            assert (without.sources["blended"], without.sources["recomputed"]) == (0, 0)
-            two.flush()
-            assert ask(two, asked).output_ids == without.output_ids
