@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the demo     make test   sets everything up and runs checks and tests
-# make soak   an engine and a pool under faults for some minutes; SOAK="--requests 200 --seed 7" for another run
+# make soak   an engine and a pool under faults for some minutes, in either mode;
+#             SOAK="--requests 200 --seed 7 --mode direct" for another run
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

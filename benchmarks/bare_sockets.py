@@ -1,7 +1,7 @@
 """The bound for any store over TCP on one machine: bytes through one loopback connection, and nothing else.
 
-A peer process takes so many bytes and answers with 16, or gives them back: no names, no index, no checksum. It runs
-on uvloop, as a memory node does.
+A peer process takes so many bytes and answers with 16, or gives them back: no names, no index, no checksum.
+It runs on uvloop, as a memory node does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SocketStore:
         self.name = name
         self._socket = sock
         self._capacity_bytes = capacity_bytes
-        self._source, self._target = memoryview(blocks.source), memoryview(blocks.target)
+        self._source, self._target = blocks.source.data, blocks.target.data
         self._offset = self._end = 0  # of the last batch: the next goes behind it, where no cache helps
 
     def put(self, keys: Sequence[bytes], block_bytes: int) -> float:

@@ -14,8 +14,8 @@ _FILL_BYTES = 64 << 20
 class Blocks:
     """Shared memory of two halves: blocks are put from the first and got into the second.
 
-    Every client maps this same memory, so that none has pages or caches of its own to gain from. ``source`` and
-    ``target`` are the halves, as bytes.
+    Every client maps this same memory, so that none has pages or caches of its own to gain from.
+    ``source`` and ``target`` are the halves, as bytes.
     """
 
     def __init__(self, half_bytes: int) -> None:

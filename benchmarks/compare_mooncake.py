@@ -177,7 +177,8 @@ def table(figures: Sequence[Figures]) -> str:
         [
             row.op, format_bytes(row.block_bytes).replace(".0", ""), str(row.batch_blocks),
             f"{row.mooncake_gbps:.2f}", f"{row.tcp_gbps:.2f}", f"{row.tcp_ratio:.2f}",
-            f"{row.local_gbps:.2f}", f"{row.local_ratio:.2f}", f"{row.socket_gbps:.2f}", f"{row.socket_ratio:.2f}",
+            f"{row.local_gbps:.2f}", f"{row.local_ratio:.2f}",
+            f"{row.socket_gbps:.2f}", f"{row.socket_ratio:.2f}",
         ]
         for op in OPERATIONS
         for row in figures

@@ -68,6 +68,12 @@ def accounting_streamer(
             on_finished([each[0] for each in parts if each is not None])
             return {**more, META_INFO_KEY: [[] if each is None else [each[1]] for each in parts]}
 
+        def _stream_output_embedding(self, reqs: list[Req]) -> None:
+            # As for those that generate: SGLang (0.5.23) would send the error of one that is computed again.
+            super()._stream_output_embedding(
+                [req for req in reqs if not (req.finished() and req.finished_output)]
+            )
+
         def is_request_level_customized_info_key(self, key: str) -> bool:
             return key == META_INFO_KEY or bool(super().is_request_level_customized_info_key(key))
 

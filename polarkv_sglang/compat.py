@@ -43,6 +43,7 @@ WEIGHT_CHANGES = tuple(
         "check_weights",
     )
 )
+STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 STREAMER_CLASS = _SCHEDULER + "get_output_streamer_class"
 BATCH_RESULT = _SCHEDULER + "process_batch_result"
 ADDER_CLASS = _SCHEDULER + "get_prefill_adder_class"
@@ -57,6 +58,12 @@ ABORT = _SCHEDULER + "abort_request"
 EXTRA_CONFIG = (
     "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller."
     "HybridCacheController.parse_storage_backend_extra_config"
+)
+BEAMS = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
+# Passes that do not wait for the layers which are loaded for them.
+HASTY_PASSES = (
+    "sglang.srt.managers.tp_worker.BaseTpWorker.forward_batch_embedding",
+    "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_split_prefill",
 )
 ADAPTER_ID = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
 
@@ -117,6 +124,8 @@ ENGINE_SURFACES = (
     Surface(STREAMER_CLASS),
     Surface(BATCH_RESULT, ("batch", "result")),
     *UPDATE_SURFACES,
+    *(Surface(path, ("batch",)) for path in HASTY_PASSES),
+    Surface("sglang.srt.managers.tp_worker.TpModelWorker.set_hicache_consumer", ("consumer_index",)),
 )
 # Needed in scheduler processes in direct mode.
 DIRECT_SURFACES = (
@@ -158,6 +167,8 @@ DIRECT_SURFACES = (
     Surface(CHUNKED_ABORT),
     Surface(PREFILL_BATCH, ("running_batch",)),
     Surface(ABORT, ("recv_req",)),
+    Surface(BEAMS, ("req", "recv_req")),
+    Surface(STREAMER + "._stream_output_embedding", ("reqs",)),
     Surface("sglang.srt.managers.io_struct.BaseReq", ("rid",)),
     Surface("sglang.srt.managers.io_struct.AbortReq", ("abort_all",)),
     Surface("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),

@@ -19,6 +19,9 @@ _REQUIRED: Final[dict[str, tuple[object, str]]] = {
     "disaggregation_mode": ("null", "does not support prefill/decode disaggregation"),
     "enable_streaming_session": (False, "does not support streaming sessions"),
     "pp_size": (1, "does not support pipeline parallelism"),
+    # Results of these are used without asking whether the loads of their passes landed.
+    "enable_pdmux": (False, "does not support PD multiplexing"),
+    "dllm_algorithm": (None, "does not support diffusion language models"),
 }
 _LINKER: Final = {
     "linker": "PolarLinker",

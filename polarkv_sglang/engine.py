@@ -17,10 +17,12 @@ from polarkv_sglang.radix.cache import PolarRadixCache
 from polarkv_sglang.runtime import current_runtime, start_runtime
 
 if TYPE_CHECKING:
+    from sglang.srt.beam_search.coordinator import BeamCoordinator
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+    from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -79,6 +81,7 @@ def attach(cache: UnifiedRadixCache, model_runner: ModelRunner) -> None:
     """
     compat.check_surfaces(compat.ENGINE_SURFACES)
     compat.apply_hooks({compat.STREAMER_CLASS: _choose_streamer, compat.BATCH_RESULT: _see_batch})
+    compat.apply_hooks(dict.fromkeys(compat.HASTY_PASSES, _await_layers), around=True)
     if isinstance(cache, PolarRadixCache):
         runtime = cache.runtime
         _follow_direct_loads(cache)
@@ -102,8 +105,20 @@ def _follow_direct_loads(cache: PolarRadixCache) -> None:
         compat.CHUNKED_ABORT: _keep_chunked,
         compat.PREFILL_BATCH: _choose_prefill,
         compat.ABORT: _note_abort,
+        compat.BEAMS: _refuse_beams,
     }
     compat.apply_hooks(hooks, around=True)
+
+
+def _await_layers(
+    forward: Callable[[TpModelWorker, ScheduleBatch], object], worker: TpModelWorker, batch: ScheduleBatch
+) -> object:
+    """Around passes that embed or are split: what SGLang (0.5.23) does before those that generate.
+
+    They would compute with slots of L1 that are still being filled, in either mode.
+    """
+    worker.set_hicache_consumer(batch.hicache_consumer_index)
+    return forward(worker, batch)
 
 
 def _choose_streamer(
@@ -174,3 +189,8 @@ def _note_abort(abort: Callable[[Scheduler, AbortReq], None], scheduler: Schedul
     abort(scheduler, wanted)
     if isinstance(scheduler.tree_cache, DirectRadixCache):
         scheduler.tree_cache.recompute.abort(wanted)
+
+
+def _refuse_beams(_validate: object, _coordinator: BeamCoordinator, _req: Req, _recv_req: object) -> str:
+    """In place of SGLang's checks: a group of beams cannot be taken back into the queue."""
+    return "Beam search is not supported with --polarkv-mode direct."

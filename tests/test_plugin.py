@@ -106,6 +106,8 @@ def test_direct_mode_is_a_linker_of_the_default_cache() -> None:
         ("--pp-size", "2"),
         ("--speculative-algorithm", "EAGLE"),
         ("--enable-streaming-session",),
+        ("--enable-pdmux",),
+        ("--dllm-algorithm", "LowConfidence"),
         ("--disable-radix-cache",),
         ("--polarkv-spill", "evict"),
     ],

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from queue import Queue
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of batches whose loads all come right, after one that a pass computed with wrong bytes of, until layers are
+# released before they are checked again.
+_BATCHES_OF_DOUBT: Final = 16
+
 
 class PolarLinker(UnifiedCacheLinker):
     """Pages of L1 as blocks of the memory pool, with no host tier between them.
@@ -45,7 +49,9 @@ class PolarLinker(UnifiedCacheLinker):
     all layers. Whatever the pass computes for a request whose blocks are missing, late or wrong is dropped,
     and its slots are freed without reaching the tree (``radix/recompute.py``). Such bytes are often not
     numbers, and some models (activations quantised with one scale) let the rows of a pass influence each
-    other: if layers had been released, the whole pass is dropped. If not, its pages are zeroed first.
+    other: if layers had been released, the whole pass is dropped. If not, its pages are zeroed first. So that
+    a memory node with bad memory cannot have pass after pass dropped, the next loads are then checked before
+    any layer of them is released.
 
     What a lookup found is leased until its request has loaded it or goes (``lookups``). Beyond what a memory
     node keeps like this a block may be evicted in between: the load then misses it, and it is computed.
@@ -98,6 +104,7 @@ class PolarLinker(UnifiedCacheLinker):
         self._queued: dict[str, Load] = {}
         self._started: dict[int, Batch] = {}
         self._epoch = 0  # offloads of an earlier one are dropped
+        self._doubtful = 0  # batches of which no layer is released before it is checked; the load thread's
         self._offloaded: deque[bool] = deque()
         self._loads: Queue[Batch | None] = Queue()
         self._offloads: Queue[Offload | None] = Queue()
@@ -121,8 +128,8 @@ class PolarLinker(UnifiedCacheLinker):
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every number of pages that could be restored, as the request's lookup found.
 
-        Where there is none for these pages (its prefix in L1 is shorter than when it was begun), the pool is
-        asked now. An answer for which the scheduling pass has no more patience counts as a miss.
+        Where there is none for these pages (this very scheduling pass has evicted some of its prefix in L1),
+        the pool is asked now. An answer for which the pass has no more patience counts as a miss.
         """
         hashes = list(transfers[0].keys or ())
         digest = self._names.digest()
@@ -175,16 +182,21 @@ class PolarLinker(UnifiedCacheLinker):
         return all(self.finish(counter_index).requests.values())
 
     def finish(self, index: int) -> Landed:
-        """Wait for the batch started as ``index``."""
+        """Wait for the batch started as ``index``, after the pass that it was for.
+
+        A pass that waited for no layer has computed with slots that may not have been filled.
+        """
         batch = self._started.pop(index, None)
         if batch is None:
             return Landed({}, tainted=False)
         landed = batch.landed.result()
+        if not self.layer_done_counter.was_asked(index):
+            logger.error("PolarKV: a forward pass did not wait for its loads, and is computed again")
+            landed = Landed(dict.fromkeys(landed.requests, False), tainted=True)
         self.layer_done_counter.finish(index)
         return landed
 
     def _run_loads(self) -> None:
-        self._use_device()
         while (batch := self._loads.get()) is not None:
             landed = self._land(batch)
             for load in batch.loads:
@@ -203,16 +215,22 @@ class PolarLinker(UnifiedCacheLinker):
                 released += 1
 
         try:
+            self._use_device()
             for event in batch.ready:
                 event.synchronize()
             # A layer is ready when the last request has it.
             *others, last = batch.loads
             landed = {load.rid: self._loader.load(load.chain, load.starts) for load in others}
-            landed[last.rid] = self._loader.load(last.chain, last.starts, release)
+            early = None if self._doubtful else release
+            landed[last.rid] = self._loader.load(last.chain, last.starts, early)
             tainted = released > 0 and not landed[last.rid]
         except Exception:  # the pool can never hurt the engine
             logger.exception("PolarKV: the loads of a batch failed; all its requests are computed")
             landed, tainted = {load.rid: False for load in batch.loads}, True
+        if tainted or (self._doubtful and not all(landed.values())):
+            self._doubtful = _BATCHES_OF_DOUBT
+        else:
+            self._doubtful = max(0, self._doubtful - 1)
         release(self._pool.layers)
         return Landed(landed, tainted)
 
@@ -236,7 +254,6 @@ class PolarLinker(UnifiedCacheLinker):
         return self._offloaded.popleft()
 
     def _run_offloads(self) -> None:
-        self._use_device()
         while (offload := self._offloads.get()) is not None:
             self._offloaded.append(self._store(offload))
             self._offloads.task_done()
@@ -245,6 +262,7 @@ class PolarLinker(UnifiedCacheLinker):
         if not self._place.writes:
             return True
         try:
+            self._use_device()
             for event in offload.ready:
                 event.synchronize()
             for _, chain, starts in parts(offload.chain, offload.starts, self._out.most_blocks):

@@ -40,8 +40,9 @@ class Plan(NamedTuple):
 class Lookup:
     """One request's, from ``Lookups``."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, deadline_s: float) -> None:
         self.plan = plan  # without hits until it is done
+        self._until = time.monotonic() + deadline_s
         self._done = threading.Event()
         self._kept = NOTHING_KEPT  # the thread's
         self._over = False  # under the lock
@@ -49,6 +50,14 @@ class Lookup:
     @property
     def done(self) -> bool:
         return self._done.is_set()
+
+    @property
+    def overdue(self) -> bool:
+        """Its request has waited for long enough: what is not known by now counts as a miss.
+
+        The thread asks for one request after another, so its answer may come much later than a deadline.
+        """
+        return time.monotonic() > self._until
 
 
 class Lookups:
@@ -73,7 +82,7 @@ class Lookups:
     def begin(self, rid: str, digest: bytes, hashes: list[str], chain: Chain) -> Lookup:
         """Have a request's blocks looked up; what it had before is over."""
         self.drop(rid)
-        lookup = self._lookups[rid] = Lookup(Plan(digest, hashes, chain, 0))
+        lookup = self._lookups[rid] = Lookup(Plan(digest, hashes, chain, 0), self._client.deadline_s)
         self._work.put(lookup)
         return lookup
 

@@ -66,10 +66,18 @@ class PacedLoadCounter(LayerWiseLoadCounter):
         if first:
             self._there[threshold] = _Mark.now(self._device)
 
+    def was_asked(self, index: int) -> bool:
+        """Whether a pass has waited for layers of ``index``; told until it is finished."""
+        return index == self._measuring
+
     def finish(self, index: int) -> bool:
         if index == self._measuring and self._device.type != "cuda":
             self._learn()
         return bool(super().finish(index))
+
+    def reset(self) -> None:
+        super().reset()
+        self._asked, self._there, self._measuring = {}, {}, -1
 
     def _learn(self) -> None:
         """From the pass before: on a GPU it is over only when the next one has begun."""

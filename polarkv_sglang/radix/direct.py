@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +12,8 @@ from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchResu
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
@@ -75,6 +77,11 @@ class DirectRadixCache(PolarRadixCache):
         """Have the pool asked for requests that wait; those whose answer is still to come."""
         return [] if self.linker is None else self.linker.look_up(waiting)
 
+    def _evict_device_leaf(self, node_id: int, tracker: dict[ComponentType, int]) -> BackupKV | None:
+        if self.linker is not None:
+            self.linker.evicted.add(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
+
     def drain_storage(self) -> None:
         """End all writes, so that a flush can follow; the weights guard is suspended, so no new ones come."""
         if self.linker is not None:
@@ -85,6 +92,13 @@ def in_order(queued: Sequence[Req], left: Sequence[Req]) -> list[Req]:
     """What is left of a queue as it was queued; what has come since (preempted requests) is last."""
     places = {id(request): place for place, request in enumerate(queued)}
     return sorted(left, key=lambda request: places.get(id(request), len(queued)))
+
+
+class _Waiting(NamedTuple):
+    """A request in the queue, for which the pool was asked."""
+
+    node: int  # of the tree: the last one of its prefix in L1; the pool was asked for what follows
+    known: bool  # whether all ranks know what the pool has
 
 
 class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
@@ -104,12 +118,13 @@ class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
         self.tainted = False  # whether what the last pass computed is to be dropped for all of its requests
         self._most_pending = int(_MOST_PENDING * cache.token_to_kv_pool_allocator.size)
         self._pending_tokens: list[int] = []  # of ``pending_offloads``
-        # Requests in the queue by whether all ranks know what the pool has for them.
-        self._looked_up: dict[str, bool] = {}
+        self.evicted: set[int] = set()  # nodes that have left L1 since lookups were last started
+        self._waiting: dict[str, _Waiting] = {}
         self._beginning = False
 
     def look_up(self, waiting: Sequence[Req]) -> list[Req]:
-        """Start lookups of requests that are new in the queue; those of which the answer is still to come.
+        """Start lookups of requests that are new in the queue, or have lost some of their prefix in L1; those
+        of which the answer is still to come.
 
         The scheduler leaves these in the queue: it never waits long for a memory node. Their KV in the pool
         is kept until they are loaded or leave the queue. Called once, at the start of a scheduling pass.
@@ -118,32 +133,41 @@ class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
         lookups.patience_s = _PATIENCE_S
         rids = {request.rid for request in waiting}
         lookups.keep_only(rids)
-        self._looked_up = {rid: known for rid, known in self._looked_up.items() if rid in rids}
-        new = [request for request in waiting if request.rid not in self._looked_up]
-        for request in new:
-            self._looked_up[request.rid] = not self._begin(request)
-        pending = [request for request in waiting if not self._looked_up[request.rid]]
+        self._waiting = {rid: state for rid, state in self._waiting.items() if rid in rids}
+        # Leaves go first, so a prefix that has lost anything has lost its last node.
+        evicted, self.evicted = self.evicted, set()
+        begun = [
+            request
+            for request in waiting
+            if request.rid not in self._waiting or self._waiting[request.rid].node in evicted
+        ]
+        for request in begun:
+            self._begin(request)
+        pending = [request for request in waiting if not self._waiting[request.rid].known]
         if not pending:
             return []
-        if new:
+        if begun:
             lookups.wait([request.rid for request in pending])
         else:
             self.cache.giving_way.give_way()
         found = [lookups.find(request.rid) for request in pending]
-        done = torch.tensor([each is None or each.done for each in found], dtype=torch.int)
+        done = torch.tensor([each is None or each.done or each.overdue for each in found], dtype=torch.int)
         self.cache._all_reduce_attn_groups(done, torch.distributed.ReduceOp.MIN)
         for request, known in zip(pending, done.tolist(), strict=True):
-            self._looked_up[request.rid] = bool(known)
-        return [request for request in pending if not self._looked_up[request.rid]]
+            self._waiting[request.rid] = self._waiting[request.rid]._replace(known=bool(known))
+        return [request for request in pending if not self._waiting[request.rid].known]
 
-    def _begin(self, request: Req) -> bool:
-        """Whether there is something to ask the pool for."""
+    def _begin(self, request: Req) -> None:
+        """Have the pool asked for what follows a request's prefix in L1, if anything may be there."""
+        lookups = self.cache_linker.lookups
+        lookups.drop(request.rid)
         self._beginning = True
         try:
             request.init_next_round_input(self.cache)
         finally:
             self._beginning = False
-        return self.cache_linker.lookups.find(request.rid) is not None
+        asked = lookups.find(request.rid) is not None
+        self._waiting[request.rid] = _Waiting(request.last_node, known=not asked)
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         if self.failures.get(req, 0) >= _MOST_FAILURES:
@@ -157,7 +181,7 @@ class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
         return matched
 
     def load_back(self, req: Req) -> tuple[int, int]:
-        self._looked_up.pop(req.rid, None)  # if it comes back it is looked up again
+        self._waiting.pop(req.rid, None)  # if it comes back it is looked up again
         loaded: tuple[int, int] = super().load_back(req)
         return loaded
 
@@ -167,7 +191,8 @@ class PolarLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def reset(self) -> None:
         super().reset()
-        self._looked_up.clear()  # requests that wait are looked up again
+        self.evicted.clear()
+        self._waiting.clear()  # requests that wait are looked up again
 
     def _tail_hashes(self, key: RadixKey, result: MatchResult, device_hit_len: int) -> list[str]:
         hashes: list[str] = super()._tail_hashes(key, result, device_hit_len)

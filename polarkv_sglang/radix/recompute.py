@@ -10,7 +10,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import MultimodalInputs, Req
     from sglang.srt.managers.scheduler import Scheduler
 
 
@@ -19,6 +19,7 @@ class _Marked:
     request: Req
     skip_insert: bool  # its skip_radix_cache_insert before it was marked
     first_prefill: bool  # the one that its prompt tokens are attributed at
+    media: MultimodalInputs | None  # which SGLang drops for requests that end
     abort: AbortReq | None = None  # that came while it was marked
 
 
@@ -43,12 +44,14 @@ class Recompute:
 
         if request.finished():
             return
-        if request.to_finish is None:  # else its client has aborted it, and it ends here
-            first = not request.retracted_stain and not request.output_ids
-            self._marked[id(request)] = _Marked(request, request.skip_radix_cache_insert, first)
+        if request.to_finish is None:  # else it ends here, for that reason: its client has aborted it
+            first = not request.retracted_stain and not request.output_ids and request.extend_batch_idx < 2
+            skip_insert, media = request.skip_radix_cache_insert, request.multimodal_inputs
+            self._marked[id(request)] = _Marked(request, skip_insert, first, media)
+            request.multimodal_inputs = None
             request.finished_output = True  # as if it had been streamed
         request.skip_radix_cache_insert = True
-        request.discard_output_reason = FINISH_ABORT(
+        request.discard_output_reason = request.to_finish or FINISH_ABORT(
             "KV did not arrive from the pool", HTTPStatus.SERVICE_UNAVAILABLE
         )
 
@@ -101,6 +104,7 @@ def _restore(marked: _Marked) -> None:
     request = marked.request
     request.discard_output_reason = request.finished_output = None
     request.skip_radix_cache_insert = marked.skip_insert
+    request.multimodal_inputs = marked.media
     if marked.first_prefill:
         request.retracted_stain = False
         request._cache_breakdown_computed = False

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize(
-    ("mark", "tests"), [("not slow", 100), pytest.param("slow", 10, marks=pytest.mark.slow)], ids=str
+    ("mark", "tests"), [("not slow", 60), pytest.param("slow", 10, marks=pytest.mark.slow)], ids=str
 )
 def test_passes_keep_their_promises(mark: str, tests: int) -> None:
     files = [str(FOLDER / name) for name in ("scheduling.py", "losing.py", "refusing.py", "passes.py")]

@@ -25,6 +25,11 @@ MODELS = {"llama", "qwen3", "glm4_moe", "deepseek_v2"}  # SGLang's files of thos
 # The two ways that SGLang offers to start a server.
 LAUNCH_SERVER = (sys.executable, "-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+# SGLang ends if a slot of L1 is neither free nor in the tree nor a request's, while it is busy too.
+STRICT_CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
+}
 
 
 @dataclass(frozen=True)

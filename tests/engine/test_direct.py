@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from examples.common import tiny_models
-from tests.engine.servers import Server, prompt, running_server
+from tests.engine.servers import STRICT_CHECKS, Server, prompt, running_server
 from tests.faults.nodes import FaultyNode
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -28,8 +28,6 @@ LOST = "did not arrive; they are computed"
 LOST_IN_USE = "which has used layers of it"
 # So much KV that loads take a while and come in several groups of layers.
 SIZES = {"num_hidden_layers": 8, "num_key_value_heads": 4, "head_dim": 128}
-# SGLang ends if a slot of L1 is neither free nor in the tree nor a request's, while it is busy too.
-CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def node() -> Iterator[FaultyNode]:
 @pytest.fixture(scope="module")
 def server(model: Path, node: FaultyNode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with running_server(model, log, *flags(node), environment=CHECKS) as running:
+    with running_server(model, log, *flags(node), environment=STRICT_CHECKS) as running:
         yield running
 
 
@@ -56,7 +54,7 @@ def mapped(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     log = tmp_path_factory.mktemp("mapped") / "server.log"
     with (
         FaultyNode("1GiB").start() as node,
-        running_server(model, log, *flags(node, tls="all"), environment=CHECKS) as server,
+        running_server(model, log, *flags(node, tls="all"), environment=STRICT_CHECKS) as server,
     ):
         yield server, node
 
@@ -79,6 +77,13 @@ def check_nothing_is_left(server: Server, node: FaultyNode) -> None:
     time.sleep(1.0)
     assert server.process.poll() is None
     assert server.generate(prompt(900, 800)).tiers is not None
+
+
+def test_beams_are_refused(server: Server) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/generate", input_ids=prompt(1, 50), sampling_params={"beam_width": 2})
+    assert refused.value.code == 400
+    assert "--polarkv-mode direct" in refused.value.read().decode()
 
 
 def test_a_prefix_comes_from_the_pool_and_is_attributed_to_it(server: Server) -> None:
@@ -300,8 +305,46 @@ def test_wrong_layers_that_a_pass_has_used_cost_no_token_of_any_request(
 
 
 @pytest.mark.slow
-def test_two_ranks_of_either_mode_read_what_the_other_wrote(model: Path, tmp_path: Path) -> None:
+def test_embeddings_are_computed_with_layers_that_have_come(model: Path, tmp_path: Path) -> None:
+    """Also those whose blocks are broken, which are computed again."""
+    prompts = [prompt(700 + number, 400 + 200 * number) for number in range(4)]
+    with (
+        FaultyNode("1GiB").start() as node,
+        running_server(
+            model, tmp_path / "server.log", *flags(node), "--is-embedding", environment=STRICT_CHECKS
+        ) as server,
+    ):
+
+        def embed(asked: list[int]) -> list[float]:
+            return server.post("/encode", input_ids=asked)["embedding"]  # type: ignore[return-value]
+
+        def embed_all() -> list[list[float]]:
+            with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+                return list(pool.map(embed, prompts))
+
+        expected = [pytest.approx(embed(asked), abs=1e-4) for asked in prompts]
+        whole = sum((len(asked) - 1) // 16 for asked in prompts)
+        node.wait_until(lambda now: now.blocks >= whole, "all blocks are in the pool")
+        for broken in (False, True):
+            server.flush()
+            if broken:
+                node.spoil_blocks()
+            sent = node.statistics().sent_bytes_total
+            assert embed_all() == expected
+            assert node.statistics().sent_bytes_total > sent, "nothing came from the pool"
+            assert (lost_loads(server) > 0) == broken
+        assert server.log.read_text(errors="replace").count("did not wait for its loads") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v2"])
+def test_two_ranks_of_either_mode_read_what_the_other_wrote(
+    model: Path, architecture: str, tmp_path: Path
+) -> None:
+    """With K and V split over the ranks, and with latent KV, which both hold and one writes."""
     asked, other = prompt(300, 800), prompt(301, 800)
+    if architecture != "llama":
+        model = tiny_models.build(architecture, tmp_path / "model")
     with FaultyNode().start() as node:
         direct_flags = (*flags(node), "--tp", "2")
         hicache_flags = ("--polarkv-nodes", node.address, "--tp", "2")
@@ -314,6 +357,7 @@ def test_two_ranks_of_either_mode_read_what_the_other_wrote(model: Path, tmp_pat
             assert direct.generate(asked).output_ids == first.output_ids
             assert lost_loads(direct) > before
             direct.generate_from_pool(asked, at_least=784)
+            check_many_at_once(direct, node)
         with running_server(model, tmp_path / "hicache.log", *hicache_flags) as hicache:
             reply = hicache.generate(asked)
             assert reply.tiers is not None
@@ -326,6 +370,21 @@ def test_two_ranks_of_either_mode_read_what_the_other_wrote(model: Path, tmp_pat
             assert reply.tiers is not None
             assert reply.tiers.l3 >= 784
             assert reply.output_ids == second.output_ids
+
+
+def check_many_at_once(server: Server, node: FaultyNode) -> None:
+    """Batches of several loads, which land or are lost."""
+    prompts = [prompt(310 + number, 300 + 100 * number) for number in range(6)]
+    expected = [server.generate(each).output_ids for each in prompts]
+    before = lost_loads(server)
+    for broken in (False, True):
+        server.generate_from_pool(prompts[-1], at_least=784)
+        server.flush()
+        if broken:
+            node.spoil_blocks()
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            assert [each.output_ids for each in pool.map(server.generate, prompts)] == expected
+        assert (lost_loads(server) > before) == broken
 
 
 def hang_up_until(over: threading.Event, server: Server, prompts: list[list[int]]) -> int:

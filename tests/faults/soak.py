@@ -2,7 +2,8 @@
 
 A tiny llama serves users whose right answers are known, beside clients that check every byte they read,
 while memory nodes, clients and links fail and come back. At the end nothing may be wrong, lost or left over:
-else this ends with 1. ``--seed`` repeats a schedule.
+else this ends with 1. ``--seed`` repeats a schedule. Both modes have a turn, with half of the requests each,
+unless ``--mode`` names one.
 """
 
 from __future__ import annotations
@@ -25,19 +26,26 @@ import torch
 from benchmarks.networks import Host, Link, network, why_not
 from examples.common import tiny_models
 from polarkv_sglang.pool.index import RESERVATION_S
-from tests.engine.servers import Server, prompt, running_server
+from tests.engine.servers import STRICT_CHECKS, Server, prompt, running_server
 from tests.faults import conversations, schedule
 from tests.faults.conversations import Answered, Turn, Users
 from tests.faults.pool import DEADLINE_S, STEADY, TOKEN, VICTIM, Pool
 from tests.faults.resources import Usage, engine_processes, usage
 from tests.faults.traffic import Tally
 
-ENGINE_FLAGS: Final = (
-    # L1 and L2 hold a fraction of the conversations, and short turns are worth fetching too.
-    *("--max-total-tokens", "1536", "--hicache-ratio", "1.2"),
-    *("--hicache-storage-backend-extra-config", '{"prefetch_threshold": 16}'),
-    *("--polarkv-deadline", str(DEADLINE_S)),
-)
+# L1 (and L2) hold a fraction of the conversations, and short turns are worth fetching too.
+ENGINE_FLAGS: Final = ("--max-total-tokens", "1536", "--polarkv-deadline", str(DEADLINE_S))
+MODE_FLAGS: Final = {
+    "hicache": (
+        *("--hicache-ratio", "1.2"),
+        *("--hicache-storage-backend-extra-config", '{"prefetch_threshold": 16}'),
+    ),
+    # Long turns come in chunks, beside requests that decode: a load that fails has both computed again.
+    "direct": ("--polarkv-mode", "direct", "--chunked-prefill-size", "256", "--enable-mixed-chunk"),
+}
+# Calls of the pool that may each take their longest, one after another, before a request is answered: two
+# look-ups and a read. In direct mode it may have all that twice, and passes wait for the loads of others.
+MOST_CALLS: Final = {"hicache": 3, "direct": 6 + conversations.USERS}
 CONVERSATIONS: Final = 12
 USER_PAUSE_S: Final = 0.3
 FAULTS_AFTER_WARM_UP: Final = 6  # at least
@@ -118,10 +126,13 @@ class Outcome(NamedTuple):
 class Soak:
     """One run over an engine and a pool of which only the engine runs yet."""
 
-    def __init__(self, pool: Pool, server: Server, logs: Sequence[Path], requests: int, seed: int) -> None:
+    def __init__(
+        self, pool: Pool, server: Server, logs: Sequence[Path], mode: str, requests: int, seed: int
+    ) -> None:
         self._pool = pool
         self._server = server
         self._logs = logs
+        self._mode = mode
         self._requests = requests
         self._seed = seed
         self._started = time.monotonic()
@@ -155,7 +166,7 @@ class Soak:
         left_over = [text for number, _ in enumerate(pool.nodes) for text in self._left_over(number)]
         return Outcome(
             answered,
-            _request_limit_s(turns),
+            _request_limit_s(turns, self._mode),
             tallies,
             pool.counters(),
             self._faults,
@@ -237,21 +248,22 @@ def growth(before: Mapping[str, Usage], after: Mapping[str, Usage]) -> list[str]
     ]
 
 
-def _request_limit_s(turns: Sequence[Turn]) -> float:
-    """Two look-ups and a read may each take a call's time; and many processes share the cores."""
-    return 3 * STEADY.longest_call_s + conversations.USERS * max(turn.seconds for turn in turns)
+def _request_limit_s(turns: Sequence[Turn], mode: str) -> float:
+    """Many processes share the cores."""
+    computing_s = conversations.USERS * max(turn.seconds for turn in turns)
+    return MOST_CALLS[mode] * STEADY.longest_call_s + computing_s
 
 
-def soak(requests: int, seed: int, link: Link | None, folder: Path) -> list[str]:
+def soak(mode: str, requests: int, seed: int, link: Link | None, folder: Path) -> list[str]:
     """Run one; what was wrong. Prints its progress and what it came to, logs to ``folder``."""
     with contextlib.ExitStack() as stack:
         model = tiny_models.build("llama", folder / "model", dtype=torch.float32)
         logs = [folder / "server.log", folder / "pool.log"]
         pool = stack.enter_context(Pool(logs[1], link))
-        flags = (*ENGINE_FLAGS, "--polarkv-nodes", ",".join(pool.addresses))
-        environment = {"POLARKV_TOKEN": TOKEN}
+        flags = (*ENGINE_FLAGS, *MODE_FLAGS[mode], "--polarkv-nodes", ",".join(pool.addresses))
+        environment = {"POLARKV_TOKEN": TOKEN} | (STRICT_CHECKS if mode == "direct" else {})
         server = stack.enter_context(running_server(model, logs[0], *flags, environment=environment))
-        outcome = Soak(pool, server, logs, requests, seed).run()
+        outcome = Soak(pool, server, logs, mode, requests, seed).run()
     print(f"\n{outcome}\n")
     return outcome.failures()
 
@@ -259,6 +271,7 @@ def soak(requests: int, seed: int, link: Link | None, folder: Path) -> list[str]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000, help="of the engine, at least; default 2000")
+    parser.add_argument("--mode", choices=MODE_FLAGS, help="default: both, half the requests each")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="default: at random")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="default: dropped at the end")
     parser.add_argument("--link", nargs=4, help=argparse.SUPPRESS)  # in the hub of a network of our own
@@ -273,10 +286,15 @@ def main() -> int:
     else:
         hub, host, address, device = arguments.link
         link = Link(Host(hub), Host(host), address, device)
+    modes = [arguments.mode] if arguments.mode else list(MODE_FLAGS)
+    failures = []
     with tempfile.TemporaryDirectory(prefix="polarkv-soak-") as temporary:
-        folder = arguments.logs or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        failures = soak(arguments.requests, arguments.seed, link, folder)
+        for mode in modes:
+            print(f"\n{mode} mode")
+            folder = (arguments.logs or Path(temporary)) / mode
+            folder.mkdir(parents=True, exist_ok=True)
+            found = soak(mode, arguments.requests // len(modes), arguments.seed, link, folder)
+            failures += [f"{mode} mode: {failure}" for failure in found]
     for failure in failures:
         print(f"FAILED: {failure}")
     print(f"{'failed' if failures else 'passed'}: --seed {arguments.seed}, --requests {arguments.requests}")

@@ -14,8 +14,9 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(400)
-def test_a_short_soak_finds_nothing_wrong() -> None:
-    command = [sys.executable, "-m", "tests.faults.soak", "--requests", "200", "--seed", "1"]
+@pytest.mark.parametrize("mode", ["hicache", "direct"])
+def test_a_short_soak_finds_nothing_wrong(mode: str) -> None:
+    command = [sys.executable, "-m", "tests.faults.soak", "--mode", mode, "--requests", "200", "--seed", "1"]
     # A group of its own: an interrupt makes all of it end what it has started.
     with subprocess.Popen(command, start_new_session=True) as process:
         try:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
@@ -17,8 +18,10 @@ from polarkv_sglang.errors import TransportError
 from polarkv_sglang.hicache import groups, linker, lookups
 from polarkv_sglang.hicache.staging import Staged, Way
 from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.kernels.checksum import checksum_blocks
 from polarkv_sglang.pool.blocks import Chain
 from polarkv_sglang.pool.client import PoolClient
+from polarkv_sglang.pool.finder import Kept
 from tests.faults.nodes import FaultyNode
 from tests.hicache.direct_harness import DirectEngine, a_direct_engine
 from tests.radix.harness import LAYERS, an_engine, prompt
@@ -150,9 +153,24 @@ def test_layers_arrive_one_after_another(
             assert ahead or not any(there[layer + 1 :])
 
 
+def test_a_pass_that_does_not_wait_for_its_layers_is_computed_again(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        engine.serve(prompt(1, 256))
+        engine.forget()
+        # As SGLang does for passes that it does not tell which layers to wait for.
+        monkeypatch.setattr(engine.linker.layer_done_counter, "set_consumer", lambda index: None)
+        assert engine.serve(prompt(1, 256)) == (0, 0, 0)
+        assert engine.recomputed == 2, "then it is computed without asking"
+        engine.check_integrity()
+
+
 def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_requests(
     node: FaultyNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the next loads are checked first: a node with bad memory must not have pass after pass dropped."""
+    monkeypatch.setattr(linker, "_BATCHES_OF_DOUBT", 2)
     with a_direct_engine(settings(node)) as engine:
         engine.serve(prompt(1, 256))
         engine.forget()
@@ -164,11 +182,24 @@ def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_reques
             failed.append(finish([*requests, beside]))
             return failed[-1]
 
+        def serve_from_a_broken_block() -> list[Req]:
+            """Those whose outputs were dropped at first; then nothing is wrong any more."""
+            engine.forget()
+            failed.clear()
+            engine.serve(prompt(1, 256), before_load=lambda: flip_a_byte(node, block=9))
+            assert failed[1] == []
+            return failed[0]
+
         monkeypatch.setattr(engine.cache, "finish_external_linker_loads", finish_both)
-        engine.serve(prompt(1, 256), before_load=lambda: flip_a_byte(node, block=9))
-        assert beside in failed[0]
-        assert len(failed[0]) == 2
-        assert failed[1] == []
+        dropped = serve_from_a_broken_block()
+        assert beside in dropped
+        assert len(dropped) == 2
+        dropped = serve_from_a_broken_block()
+        assert beside not in dropped
+        assert len(dropped) == 1
+        engine.forget()
+        assert engine.serve(prompt(1, 256)) == (0, 0, 256), "this is the second of two that came right"
+        assert beside in serve_from_a_broken_block()
 
 
 @pytest.mark.parametrize("loss", ["a flipped byte", "a dead node", "a frozen node"])
@@ -197,6 +228,31 @@ def test_what_is_lost_between_lookup_and_load_is_computed(
             assert (l1, l3) == ((0, 144) if loss == "a flipped byte" else (0, 0))
         if loss == "a frozen node":
             node.thaw()
+        engine.check_integrity()
+
+
+def test_a_load_that_is_late_in_its_middle_is_computed(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node is frozen when the first layer of some megabytes has come."""
+    monkeypatch.setattr(groups, "_LEAST_S", 0.0)
+    with a_direct_engine(settings(node, ucx_tls="tcp"), l1_tokens=5120, dtype=torch.float32) as engine:
+        engine.serve(prompt(1, 4800))
+        engine.forget()
+        counter, arrived = engine.linker.layer_done_counter, []
+        complete = counter.complete
+
+        def freeze_at_the_first(index: int, layer: int) -> None:
+            if not arrived:
+                node.freeze()
+            arrived.append(layer)
+            complete(index, layer)
+
+        monkeypatch.setattr(counter, "complete", freeze_at_the_first)
+        assert engine.serve(prompt(1, 4800)) == (0, 0, 0)
+        assert engine.recomputed == 1
+        assert engine.linker._doubtful, "its pass has used the layers that came"
+        node.thaw()
         engine.check_integrity()
 
 
@@ -291,7 +347,56 @@ def test_the_scheduler_does_not_wait_for_a_node_that_does_not_answer(node: Fault
         assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 0
 
 
-def test_it_does_not_wait_either_for_requests_whose_prefix_in_l1_is_gone(node: FaultyNode) -> None:
+def test_requests_wait_for_slow_answers_no_longer_than_a_deadline(
+    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is asked for one after another; ten would take six deadlines."""
+    hold = PoolClient.hold
+
+    def hold_slowly(client: PoolClient, chain: Chain, lease_s: float) -> Kept:
+        time.sleep(0.6 * DEADLINE_S)
+        return hold(client, chain, lease_s)
+
+    monkeypatch.setattr(PoolClient, "hold", hold_slowly)
+    with a_direct_engine(settings(node)) as engine:
+        waiting = [engine.request([*prompt(number, 256), 7]) for number in range(10)]
+        engine.look_up(*waiting)
+        last = engine.linker.lookups.find(waiting[-1].rid)
+        assert last is not None
+        assert not last.done, "it waited for an answer that took longer"
+        assert engine.cache.match_prefix(engine.match_of(waiting[-1])).host_hit_length == 0
+        assert engine.cache.look_up([]) == []
+        wait_for_no_lease(node)
+
+
+@pytest.mark.parametrize("core", ["rust", pytest.param("python", marks=pytest.mark.slow)])
+def test_a_request_that_loses_its_prefix_in_l1_waits_for_what_the_pool_has_of_it(
+    node: FaultyNode, core: str
+) -> None:
+    with a_direct_engine(settings(node), core=core) as engine:
+        tokens = prompt(1, 256)
+        engine.serve(tokens)
+        engine.forget()
+        engine.serve(tokens[:128])
+        engine.settle()
+        waiting = engine.request([*tokens, 7])
+        engine.look_up(waiting)
+        before = engine.linker.lookups.find(waiting.rid)
+        engine.cache.evict_for_alloc(EvictParams(num_tokens=128))
+        node.freeze()
+        assert engine.cache.look_up([waiting]) == [waiting], "the answer cannot have come"
+        asked = engine.linker.lookups.find(waiting.rid)
+        assert asked is not before
+        engine.cache.look_up([waiting])
+        assert engine.linker.lookups.find(waiting.rid) is asked, "it is asked for once"
+        node.thaw()
+        engine.look_up(waiting)
+        assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 256
+        assert engine.cache.look_up([]) == []
+        wait_for_no_lease(node)
+
+
+def test_a_pass_does_not_wait_for_requests_whose_prefix_it_has_evicted(node: FaultyNode) -> None:
     with a_direct_engine(settings(node)) as engine:
         prompts = [prompt(number, 256) for number in (1, 2)]
         for tokens in prompts:
@@ -302,9 +407,9 @@ def test_it_does_not_wait_either_for_requests_whose_prefix_in_l1_is_gone(node: F
         engine.settle()
         waiting = [engine.request([*tokens, 7]) for tokens in prompts]
         engine.look_up(*waiting)
+        assert engine.cache.look_up(waiting) == [], "a scheduling pass begins"
         engine.cache.evict_for_alloc(EvictParams(num_tokens=256))
         node.freeze()
-        assert engine.cache.look_up(waiting) == []
         for request in waiting:
             assert engine.cache.match_prefix(engine.match_of(request)).host_hit_length == 0
         asked = [engine.linker.lookups.find(request.rid) for request in waiting]
@@ -352,6 +457,16 @@ def test_a_gpu_whose_memory_ucx_refuses_is_staged_through_the_host(
         engine.serve(prompt(1, 256))
         engine.forget()
         assert engine.serve(prompt(1, 256)) == (0, 0, 256)
+
+
+def test_checksums_of_staged_blocks_are_those_of_their_rows(node: FaultyNode) -> None:
+    with a_direct_engine(settings(node)) as engine:
+        staged = Staged(engine.linker._pool, engine.runtime.client, on_device=True)
+        staged._device.random_(0, 256)
+        of_all = checksum_blocks(staged._device)
+        for some in ([0, 1, 2], [3, 4], [5], [0, 2, 3], []):
+            blocks = np.array(some, np.intp)
+            assert staged._checksums_on_device(blocks).tolist() == of_all[blocks].tolist()
 
 
 def flip_a_byte(node: FaultyNode, block: int) -> None:

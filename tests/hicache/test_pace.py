@@ -1,13 +1,18 @@
-"""The counter of layers learns what a layer computes, whatever it waits for in between."""
+"""The counter of layers makes passes wait, and learns what a layer computes, whatever it waits for."""
 
 from __future__ import annotations
 
+import pkgutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.managers.tp_worker import TpModelWorker
 
+from polarkv_sglang import compat
+from polarkv_sglang.engine import _await_layers
 from polarkv_sglang.hicache import pace
 from polarkv_sglang.hicache.pace import PacedLoadCounter
 
@@ -66,3 +71,27 @@ def test_passes_without_loads_are_not_measured(monkeypatch: pytest.MonkeyPatch) 
     counter.wait_until(0)
     run_pass(counter, clock, compute_s=3.0, wait_s=0.0)
     assert counter.layer_s == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("path", compat.HASTY_PASSES)
+def test_passes_that_embed_or_are_split_are_told_what_to_wait_for(path: str) -> None:
+    compat.apply_hooks({path: _await_layers}, around=True)
+    counter = PacedLoadCounter(2, torch.device("cpu"))
+    worker = object.__new__(TpModelWorker)
+    worker.hicache_layer_transfer_counter = counter
+    batch = SimpleNamespace(hicache_consumer_index=3, split_index=0)
+    with pytest.raises(AttributeError):  # there is no model
+        pkgutil.resolve_name(path)(worker, batch)
+    assert counter.consumer_index == 3
+
+
+def test_a_counter_that_starts_over_knows_of_no_pass() -> None:
+    counter = PacedLoadCounter(1, torch.device("cpu"))
+    for asked in (True, False):
+        index = counter.update_producer()
+        counter.complete(index, 0)
+        if asked:
+            counter.set_consumer(index)
+            counter.wait_until(0)
+        assert counter.was_asked(index) == asked
+        counter.reset()

@@ -12,8 +12,14 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polarkv_sglang.kernels.checksum import checksum_blocks, checksums_of_digests, chunk_digests
-from tests.kernels.support import INTERPRETED, examples, random_bytes, too_slow_to_interpret
+from polarkv_sglang.kernels.checksum import (
+    checksum_blocks,
+    checksums_of_digests,
+    chunk_digests,
+    chunk_digests_reference,
+)
+from polarkv_sglang.kernels.dispatch import uses_triton
+from tests.kernels.support import INTERPRETED, examples, poisoned, random_bytes, too_slow_to_interpret
 
 # Where XXH3 takes another path, and around the sizes of its stripes, its blocks and our chunks.
 EDGES = [
@@ -74,6 +80,21 @@ def test_checksums_are_their_definition(
     result = checksum_blocks(blocks)
     assert result.dtype == np.uint64
     assert result.tolist() == [definition(block.numpy().tobytes()) for block in blocks.cpu()]
+
+
+@pytest.mark.parametrize("size", [100, 4096, 4097, 20_000])
+def test_all_digests_are_written_and_nothing_beside_them(device: torch.device, size: int) -> None:
+    blocks, chunks = random_bytes(size, 3, size).to(device), -(-size // 4096)
+    room = poisoned(5, chunks + 2, dtype=torch.int64, device=device)
+    expected = room.clone()
+    expected[1:4, 1:-1] = chunk_digests(blocks)
+    if uses_triton(blocks):
+        from polarkv_sglang.kernels.gpu import checksum as gpu
+
+        gpu.chunk_digests(blocks, room[1:4, 1:-1])
+    else:
+        chunk_digests_reference(blocks, room[1:4, 1:-1])
+    assert torch.equal(room, expected)
 
 
 # All sizes to the end of the first chunk of 4,096, and from where the last of several begins.

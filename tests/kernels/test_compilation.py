@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def test_kernels_compile_and_access_memory_in_16_bytes(compiled: list[dict[str, 
         "_digest_any": set(),
     }
     assert {kernel["kernel"] for kernel in compiled} == set(wide)
+    launches = Counter(kernel["kernel"] for kernel in compiled)
+    assert launches["_move"] == 6, "K and V, latent KV and KV with gaps, each way: one launch for both blocks"
     for kernel in compiled:
         assert kernel["machine_code_bytes"] > 0
         assert wide[kernel["kernel"]] <= set(kernel["accesses"])

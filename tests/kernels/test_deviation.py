@@ -6,11 +6,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from polarkv_sglang.kernels.deviation import Norm, Rows, deviation_of_sums, deviation_sums, kv_deviation
-from tests.kernels.support import examples, permutation, random_numbers
+from polarkv_sglang.kernels.deviation import (
+    Norm,
+    Rows,
+    deviation_of_sums,
+    deviation_sums,
+    deviation_sums_reference,
+    kv_deviation,
+)
+from polarkv_sglang.kernels.dispatch import uses_triton
+from tests.kernels.support import bits, examples, permutation, poisoned, random_numbers
 
 NORMS: tuple[Norm, ...] = ("l1", "l2")
 
@@ -63,6 +71,24 @@ def test_deviation_is_the_norm_of_the_difference(device: torch.device, case: Cas
     assert result.dtype == torch.float32
     expected = formula(rows, slots, case.norm, case.relative)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@examples
+@given(cases())
+def test_all_sums_are_written_and_nothing_beside_them(device: torch.device, case: Case) -> None:
+    assume(case.tokens)
+    rows, slots = rows_and_slots(case, device)
+    room = poisoned(4, case.tokens, dtype=torch.float32, device=device)
+    poison = bits(room[0])
+    if uses_triton(slots):
+        from polarkv_sglang.kernels.gpu import deviation as gpu
+
+        gpu.deviation_sums(rows, slots, case.norm, room[1:3])
+    else:
+        deviation_sums_reference(rows, slots, case.norm, room[1:3])
+    assert torch.equal(bits(room[1:3]), bits(deviation_sums(rows, slots, norm=case.norm)))
+    assert torch.equal(bits(room[0]), poison)
+    assert torch.equal(bits(room[3]), poison)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from array import array
+from http import HTTPStatus
 from types import SimpleNamespace
 
 import pytest
+import torch
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
+    Modality,
+    MultimodalDataItem,
+    MultimodalInputs,
+    Req,
+)
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from polarkv_sglang.accounting import accounting_streamer
 from polarkv_sglang.radix.recompute import Recompute
 
 
@@ -64,6 +77,53 @@ def test_it_comes_back_at_the_head_of_the_queue_as_it_was() -> None:
     assert not request._cache_breakdown_computed
 
 
+def test_its_images_are_still_there() -> None:
+    recompute, request, scheduler = Recompute(), a_request(), a_scheduler()
+    pixels = torch.ones(3, 4)
+    media = MultimodalInputs([MultimodalDataItem(modality=Modality.IMAGE, feature=pixels)])
+    request.multimodal_inputs = media
+    recompute.mark(request)
+    end(request)
+    Scheduler._maybe_clear_mm_inputs(scheduler, SimpleNamespace(reqs=[request]))
+    recompute.revive(scheduler)
+    assert request.multimodal_inputs is media
+    assert media.mm_items[0].feature is pixels
+
+
+def test_an_embedding_is_not_answered_with_the_error_of_its_load() -> None:
+    recompute, lost, arrived = Recompute(), a_request(), Req("b", "", array("q", [1]), SamplingParams())
+    recompute.mark(lost)
+    end(lost)
+    arrived.finished_reason = FINISH_ABORT("here: any reason")
+    sent: list[list[str]] = []
+    streamer = accounting_streamer(SchedulerOutputStreamer, lambda _: None, lambda _: None)(
+        send_to_detokenizer=SimpleNamespace(send_output=lambda output: sent.append(output.rids)),
+        tree_cache=None,
+        server_args=None,
+        is_generation=False,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
+        disaggregation_mode=DisaggregationMode.NULL,
+        enable_hicache_storage=lambda: False,
+    )
+    streamer.stream_output([lost, arrived], return_logprob=False)
+    assert sent == [["b"]]
+
+
+def test_tokens_that_an_earlier_chunk_computed_do_not_count_as_cached() -> None:
+    """Where a pass is dropped whole, with the second chunk of a prefill in it."""
+    recompute, request = Recompute(), a_request()
+    scheduler = a_scheduler(chunked_req=request, _pending_chunked_abort_req=request)
+    request.cached_tokens = request.cached_tokens_storage = 32
+    request._cache_breakdown_computed = True
+    request.extend_batch_idx = 2
+    recompute.mark(request)
+    recompute.take_chunked(scheduler)
+    recompute.revive(scheduler)
+    assert scheduler.waiting_queue == [request, "another"]
+    assert (request.cached_tokens, request.cached_tokens_storage) == (32, 32)
+    assert request.retracted_stain, "SGLang would count its cached tokens once more"
+
+
 def test_a_chunked_prefill_is_taken_from_the_scheduler_before_it_is_aborted() -> None:
     recompute, request = Recompute(), a_request()
     scheduler = a_scheduler(chunked_req=request, _pending_chunked_abort_req=request)
@@ -85,12 +145,13 @@ def test_a_chunked_prefill_that_its_client_aborts_is_left_to_sglang() -> None:
 
 def test_a_request_that_its_client_aborted_meanwhile_ends() -> None:
     recompute, request, scheduler = Recompute(), a_request(), a_scheduler()
-    request.to_finish = FINISH_ABORT("Aborted")
+    request.to_finish = FINISH_ABORT("Timed out", HTTPStatus.GATEWAY_TIMEOUT)
     recompute.mark(request)
     assert not request.finished_output
     end(request)
     recompute.revive(scheduler)
     assert request.finished()
+    assert request.finished_reason.status_code == HTTPStatus.GATEWAY_TIMEOUT
     assert scheduler.waiting_queue == ["another"]
 
 
