@@ -91,7 +91,7 @@ class PolarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     blend_strategy: Strategy = "deviation"
     blend_chunk_tokens: int = 32  # tokens that have to agree to be found
     blend_min_tokens: int = 256  # of a prompt that have to be reusable for it to be blended
-    blend_index_tokens: int = 1 << 22  # cached prompts that are searched, in tokens of 8 bytes
+    blend_index_tokens: int = 1 << 22  # cached prompts that are searched, in tokens of about 14 bytes
     # Bytes that KV of other engines arrives in from the pool; 0: only this engine's own is blended.
     blend_arena_bytes: int = msgspec.field(default=1 << 28, name="blend_arena")
     # Whether a model has to have passed polarkv blend-check, and the folder where that left its verdict.
@@ -163,7 +163,7 @@ _HELP = {
     "blend_strategy": "deviation: compute again what deviates most; first: the first tokens of each piece.",
     "blend_chunk_tokens": "Tokens that have to agree for text to be found again. Default: 32.",
     "blend_min_tokens": "Tokens of a prompt that have to be reusable for it to be blended. Default: 256.",
-    "blend_index_tokens": "Cached prompts that are searched, in tokens of 8 bytes. Default: 4194304.",
+    "blend_index_tokens": "Cached prompts that are searched, in tokens of about 14 bytes. Default: 4194304.",
     "blend_arena": "Memory that KV for blending arrives in from the pool; 0: it does not. Default: 256MiB.",
     "blend_gate": "verdict: blend only a model that passed polarkv blend-check; none: any. Default: verdict.",
     "blend_verdicts": "Folder of verdicts. Default: polarkv/blend in the user's cache folder.",
