@@ -22,9 +22,9 @@ from examples.demo.report import is_restored, summary, table, write_json
 from examples.smollm2 import DEFAULT_TARGET
 from polarkv_sglang.errors import PolarError
 
-SESSIONS = 4
+SESSIONS = 3
 TURNS_BEFORE_RESTART = 2
-# L1 holds one conversation of about 3,000 tokens and L2 two; four, played in turn, outgrow both. L2 has to
+# L1 holds one conversation of about 3,000 tokens and L2 two; three, played in turn, outgrow both. L2 has to
 # exceed L1 by a conversation: what is in L1 keeps its place in L2 while L3 fills the rest.
 L1_TOKENS = 3584
 L2_RATIO = 2.0
