@@ -7,13 +7,14 @@ import functools
 import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from polarkv_sglang.compat import Surface
 
 _MAX_HOPS = 20  # re-exports and base classes on the way to a definition
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-_Definition = _Function | ast.ClassDef | ast.Assign  # of an attribute, which has no parameters
+_Definition = _Function | ast.ClassDef | ast.Assign  # of a value, which has no parameters
 
 
 def not_seen(surfaces: Iterable[Surface]) -> list[Surface]:
@@ -59,6 +60,8 @@ def _find(module: str, names: list[str], hops: int) -> _Definition | None:
     for statement in _statements(tree):
         if isinstance(statement, _Function | ast.ClassDef) and statement.name == names[0]:
             return statement if len(names) == 1 else _find_member(module, statement, names[1:], hops)
+        if len(names) == 1 and _assigns(statement, names[0]):
+            return statement
         if isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
                 if (alias.asname or alias.name) == names[0]:
@@ -67,15 +70,19 @@ def _find(module: str, names: list[str], hops: int) -> _Definition | None:
     return None
 
 
+def _assigns(statement: ast.stmt, name: str) -> TypeGuard[ast.Assign]:
+    return isinstance(statement, ast.Assign) and any(
+        isinstance(target, ast.Name) and target.id == name for target in statement.targets
+    )
+
+
 def _find_member(module: str, owner: _Definition, names: list[str], hops: int) -> _Definition | None:
     if not isinstance(owner, ast.ClassDef) or len(names) != 1:
         return None
     for statement in _statements(owner):
         if isinstance(statement, _Function) and statement.name == names[0]:
             return statement
-        if isinstance(statement, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == names[0] for target in statement.targets
-        ):
+        if _assigns(statement, names[0]):
             return statement
     for base in owner.bases:
         name = base.value if isinstance(base, ast.Subscript) else base  # Base[T]

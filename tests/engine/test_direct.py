@@ -28,6 +28,8 @@ LOST = "did not arrive; they are computed"
 LOST_IN_USE = "which has used layers of it"
 # So much KV that loads take a while and come in several groups of layers.
 SIZES = {"num_hidden_layers": 8, "num_key_value_heads": 4, "head_dim": 128}
+# Requests of four clients by which layers are used before they are checked, whatever was lost before.
+SETTLED = 20
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +144,24 @@ def test_a_node_that_fails_in_loads_under_traffic_costs_no_request_and_no_token(
     prompts = [prompt(100 + number, 400 + 100 * number) for number in range(8)]
     expected = [server.generate(each).output_ids for each in prompts]
     before = lost_loads(server, LOST_IN_USE)
-    turns, over = itertools.count(), threading.Event()
+    turns, settled, over = itertools.count(), threading.Event(), threading.Event()
 
     def ask() -> list[bool]:
         equal = []
         while not over.is_set():
-            number = next(turns) % len(prompts)
+            turn = next(turns)
+            number = turn % len(prompts)
             equal.append(server.generate(prompts[number]).output_ids == expected[number])
+            if turn > SETTLED:
+                settled.set()
         return equal
 
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
         hangups = pool.submit(hang_up_until, over, server, prompts)
         try:
-            end = time.monotonic() + 120
+            assert settled.wait(90)
+            end = time.monotonic() + 90
             while lost_loads(server, LOST_IN_USE) == before and time.monotonic() < end:
                 # Once the first layers of a load have come, and some of the others not yet.
                 sent = node.statistics().sent_bytes_total

@@ -221,7 +221,7 @@ def test_a_pool_that_fails_under_traffic_costs_no_request_and_no_token(
     assert server.generate(prompts[0]).output_ids == expected[0]
     alone_s = time.monotonic() - started
     # Four at a time share two cores with each other; beyond that, two lookups and a read may each time out.
-    assert max(took for _, took in answers) < 8 * alone_s + 3 * DEADLINE_S + 2
+    assert max(took for _, took in answers) < 8 * alone_s + 3 * DEADLINE_S + 4
     if fault is signal.SIGSTOP:
         os.kill(node.pid, signal.SIGCONT)
         wait_for_pool(server)
