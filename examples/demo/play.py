@@ -15,7 +15,7 @@ from polarkv_sglang.errors import PolarError
 PAGE_TOKENS = 16
 MAX_NEW_TOKENS = 16
 WAKE_TOKENS = 32
-WARM_UP_TOKENS = 2048
+WARM_UP_TOKENS = 1024
 NO_HIT_TOKENS = 1024
 NO_HIT_PAIRS = 6  # per start of the engines
 
