@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from examples.common.processes import Process, engine, free_ports, say
+from examples.common.processes import Process, engine, free_ports, say, unwind_on_signals
 from examples.smollm2 import DEFAULT_TARGET
 from polarkv_sglang.errors import PolarError
 
@@ -237,9 +236,7 @@ def main() -> int:
         parser.error(f"there is no {args.model}; python -m examples.smollm2 makes it")
     if args.tokens < 400 or not 1 <= args.pairs < DOCUMENTS or min(args.threads) < 1:
         parser.error(f"--tokens is at least 400, --pairs 1 to {DOCUMENTS - 1}, --threads at least 1 each")
-    # What ends a run from outside must also end the servers it has started.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    unwind_on_signals()
     args.logs.mkdir(parents=True, exist_ok=True)
     try:
         found = run(args)
@@ -251,10 +248,6 @@ def main() -> int:
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(summary(found))
     return 0
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

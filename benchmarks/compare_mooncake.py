@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -17,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from benchmarks.bare_sockets import socket_store
 from benchmarks.blocks import Blocks
 from benchmarks.stores import ComparisonFailed, Store, mooncake_store, polar_store
+from examples.common.processes import unwind_on_signals
 from polarkv_sglang.config import format_bytes, parse_bytes
 from polarkv_sglang.errors import ConfigError, PolarError
 from polarkv_sglang.identity import KEY_BYTES
@@ -258,9 +258,7 @@ def main() -> int:
         reason = (probe.stderr.strip().splitlines() or ["it cannot be imported"])[-1]
         print(f"{python} has no usable Mooncake: {reason}\n\n{SETUP}", file=sys.stderr)
         return 2
-    # What ends a run from outside must also end the servers it has started.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    unwind_on_signals()
     args.logs.mkdir(parents=True, exist_ok=True)
     for log in args.logs.glob("*.log"):
         log.unlink()
@@ -288,10 +286,6 @@ def _loopback_bytes() -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,27 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import signal
 import sys
 import time
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
 from examples.common.client import Reply, generate
 from examples.common.conversations import fresh_prompts
-from examples.common.processes import Process, engine, free_ports, memory_node, say
+from examples.common.processes import (
+    Process,
+    engine,
+    free_ports,
+    memory_node,
+    say,
+    unwind_on_signals,
+)
 from examples.smollm2 import DEFAULT_TARGET
 from polarkv_sglang.errors import PolarError
 
@@ -197,9 +203,7 @@ def main() -> int:
         parser.error(f"there is no {args.model}; python -m examples.smollm2 makes it")
     if args.rounds < 1 or not 2 * PAGE_TOKENS <= args.tokens <= L1_TOKENS - 2 * PAGE_TOKENS:
         parser.error(f"--rounds is at least 1, --tokens {2 * PAGE_TOKENS} to {L1_TOKENS - 2 * PAGE_TOKENS}")
-    # What ends a run from outside must also end the servers it has started.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    unwind_on_signals()
     args.logs.mkdir(parents=True, exist_ok=True)
     for log in args.logs.glob("*.log"):
         log.unlink()
@@ -212,10 +216,6 @@ def main() -> int:
         args.json.write_text("".join(f"{json.dumps(each._asdict())}\n" for each in found), encoding="utf-8")
     print(summary(found))
     return 0
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 from examples import smollm2
 from examples.common.client import Reply, generate
-from examples.common.processes import Process, engine, free_ports, memory_node, say
+from examples.common.processes import (
+    Process,
+    engine,
+    free_ports,
+    memory_node,
+    say,
+    unwind_on_signals,
+)
 from polarkv_sglang.errors import PolarError
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import Statistics
@@ -112,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option("--model", type=Path, help="default: SmolLM2, made by python -m examples.smollm2")
     option("--logs", type=Path, default=Path("build/two_engines"), help="folder for the processes' logs")
     args = parser.parse_args(arguments)
-    # What ends the example from outside must also end the servers it has started.
-    signal.signal(signal.SIGTERM, _end)
+    unwind_on_signals()
     args.logs.mkdir(parents=True, exist_ok=True)
     try:
         run(args.model or smollm2.prepare(), args.logs, ["--dtype", "float32"])
@@ -122,10 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     say("B had all that A computed, said the same, and goes on without it")
     return 0
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

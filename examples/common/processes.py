@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from polarkv_sglang.errors import PolarError
 
@@ -26,6 +27,16 @@ _started_at = time.monotonic()
 def say(text: str) -> None:
     """Print a line with the time since the program began."""
     print(f"[{time.monotonic() - _started_at:6.1f} s] {text}", flush=True)
+
+
+def unwind_on_signals() -> None:
+    """What ends this program from outside (SIGTERM, SIGHUP) also ends the servers that it has started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 class ProcessFailed(PolarError):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tokenizers import Tokenizer
 
 from examples.common.client import RequestFailed
 from examples.common.conversations import CONVERSATIONS
-from examples.common.processes import Process, engine, free_ports, memory_node, say
+from examples.common.processes import (
+    Process,
+    engine,
+    free_ports,
+    memory_node,
+    say,
+    unwind_on_signals,
+)
 from examples.demo.play import PAGE_TOKENS, Demo, DemoFailed
 from examples.demo.report import is_restored, summary, table, write_json
 from examples.smollm2 import DEFAULT_TARGET
@@ -101,9 +106,7 @@ def main() -> int:
         parser.error(f"there is no {args.model}; python -m examples.smollm2 makes it")
     if not 1 <= args.sessions <= len(CONVERSATIONS):
         parser.error(f"--sessions {args.sessions} is not in 1..{len(CONVERSATIONS)}")
-    # What ends a demo from outside must also end the servers it has started.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    unwind_on_signals()
 
     args.logs.mkdir(parents=True, exist_ok=True)
     for log in args.logs.glob("*.log"):
@@ -134,10 +137,6 @@ def verdict(demo: Demo) -> int:
     if nothing_restored:
         print("The demo failed: the restarted engine took no prefix from the pool", file=sys.stderr)
     return 1 if demo.differences or nothing_restored else 0
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
-from examples.common.processes import free_ports, say
+from examples.common.processes import free_ports, say, unwind_on_signals
 from examples.multiturn.goals import verdicts
 from examples.multiturn.presets import Preset, Scenario
 from examples.multiturn.report import all_figures, draw, report, table, write
@@ -42,9 +40,7 @@ def main(scenario: Scenario, arguments: Sequence[str] | None = None) -> int:
         _check_picture(args.json)
     except ConfigError as error:
         parser.error(str(error))
-    # What ends a run from outside must also end the servers it has started.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGHUP, _end)
+    unwind_on_signals()
     started = time.monotonic()
     args.logs.mkdir(parents=True, exist_ok=True)
     for log in args.logs.glob("*.log"):
@@ -208,7 +204,3 @@ def _parser(scenario: Scenario) -> argparse.ArgumentParser:
     option("--mooncake-protocol", default="tcp", help="tcp or rdma; default: %(default)s")
     option("--logs", type=Path, default=Path(f"build/{scenario.name}"), help="folder for the servers' logs")
     return parser
-
-
-def _end(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)

@@ -135,8 +135,13 @@ class PolarRadixCache(UnifiedRadixCache):
 
     def init_hicache(self, server_args: ServerArgs, params: CacheInitParams) -> None:
         super().init_hicache(server_args, params)
-        # Disaggregated engines keep requests in queues of their own.
-        self._fetches_in_turn = server_args.disaggregation_mode == "null"
+        # Disaggregated engines have queues of their own, pipelines agree on fetches in another way, and where
+        # L2 is a buffer SGLang lets fetches wait.
+        self._fetches_in_turn = (
+            server_args.disaggregation_mode == "null"
+            and server_args.pp_size == 1
+            and self.host_memory_mode == "cache"
+        )
 
     def prefetch_from_storage(
         self,

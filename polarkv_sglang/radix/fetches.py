@@ -74,9 +74,9 @@ class Fetches(StoragePrefetchRetries):
     def pop_ready(
         self, waiting_queue: list[Req], interval: int, max_attempts: int
     ) -> list[tuple[Req, int | None]]:
-        queued = {request.rid for request in waiting_queue}
-        for rid in (self._held.keys() | self._waiting.keys()) - queued:
-            self.cancel(rid)  # it left in a way that tells nobody
+        if known := self._held.keys() | self._waiting.keys():
+            for rid in known - {request.rid for request in waiting_queue}:
+                self.cancel(rid)  # it left in a way that tells nobody
         ready: list[tuple[Req, int | None]] = super().pop_ready(waiting_queue, interval, max_attempts)
         for request in waiting_queue if self._waiting else ():
             waiting = self._waiting.get(request.rid)
