@@ -343,8 +343,8 @@ def test_the_scheduler_does_not_wait_for_a_node_that_does_not_answer(node: Fault
         while engine.cache.look_up([waiting]):
             passes += 1
         assert passes > 2
-        node.thaw()
         assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 0
+        node.thaw()
 
 
 def test_requests_wait_for_slow_answers_no_longer_than_a_deadline(
