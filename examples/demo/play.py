@@ -16,8 +16,8 @@ PAGE_TOKENS = 16
 MAX_NEW_TOKENS = 16
 WAKE_TOKENS = 32
 WARM_UP_TOKENS = 1024
-NO_HIT_TOKENS = 1024
-NO_HIT_PAIRS = 6  # per start of the engines
+NO_HIT_TOKENS = 768
+NO_HIT_PAIRS = 4  # per start of the engines
 
 
 class DemoFailed(PolarError):
