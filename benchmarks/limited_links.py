@@ -1,4 +1,4 @@
-"""Memory nodes behind links of limited rate: what several of them deliver together.
+"""Memory nodes behind links of limited rate: what several of them deliver together, and when a get is answered.
 
 Every node is in a network namespace of its own, as if it were a host, and its link to the client's namespace
 passes no more than ``--mbit`` each way. Needs Linux and root.
@@ -23,7 +23,9 @@ from polarkv_sglang.bench.spread import node_counts
 
 _BLOCK_BYTES = 64 << 10
 _BLOCKS = 64 * STRIPE_PAGES  # stripes enough that placement is nearly even
-_CAPACITY = "512MiB"
+_GET_BLOCKS = 128  # of a get whose latency is measured: as many as an engine asks for at once
+_GETS = 5
+_CAPACITY = "256MiB"
 _PORT = 7411
 _TOKEN = "limited links"
 
@@ -64,13 +66,20 @@ def measure(nodes: Sequence[str], repeats: int) -> None:
         with a_rank(nodes[:count], arena, token=_TOKEN, ucx_tls="tcp") as rank:
             rank.wait_live()
             gbps: dict[str, list[float]] = {"put": [], "get": []}
+            latencies: list[float] = []
             for _ in range(repeats):
                 batches = arena.batches(_BLOCK_BYTES, _BLOCKS, 1)
                 arena.wipe(batches)
                 gbps["put"].append(batches[0].bytes / sum(rank.put(batches)) / 1e9)
                 gbps["get"].append(batches[0].bytes / sum(rank.get(batches)) / 1e9)
                 arena.verify(batches)
-        print(json.dumps({"nodes": count} | {op: median(each) for op, each in gbps.items()}), flush=True)
+                batches = arena.batches(_BLOCK_BYTES, _GET_BLOCKS, _GETS)
+                arena.wipe(batches)
+                rank.put(batches)
+                latencies += rank.get(batches)
+                arena.verify(batches)
+        row = {"nodes": count, "put": median(gbps["put"]), "get": median(gbps["get"])}
+        print(json.dumps(row | {"get_ms": 1e3 * median(latencies)}), flush=True)
 
 
 def main() -> int:
@@ -101,11 +110,12 @@ def main() -> int:
         done = subprocess.run(client, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         return 1
-    print(f"links of {args.mbit / 8000:.3f} GB/s each way, {_BLOCKS} x {_BLOCK_BYTES >> 10} KiB; GB/s")
-    print("| nodes |  put |  get |\n| ----: | ---: | ---: |")
+    block = f"{_BLOCK_BYTES >> 10} KiB"
+    print(f"links of {args.mbit / 8000:.3f} GB/s each way; {_BLOCKS} x {block}, and one get of {_GET_BLOCKS} x {block}")
+    print("| nodes | put GB/s | get GB/s | get ms |\n| ----: | -------: | -------: | -----: |")
     for line in done.stdout.splitlines():
         row = json.loads(line)
-        print(f"| {row['nodes']:5} | {row['put']:.2f} | {row['get']:.2f} |")
+        print(f"| {row['nodes']:5} | {row['put']:8.2f} | {row['get']:8.2f} | {row['get_ms']:6.1f} |")
     return 0
 
 
