@@ -2,11 +2,12 @@
  *
  * Where a network offers nothing but TCP this is quicker than UCX's one-sided operations, which it emulates by
  * messages: one exchange moves a whole batch, bytes are hashed while they are in a cache, and once a socket is
- * closed nothing can reach local memory any more. One call without the GIL, like a batch over UCX. */
+ * closed nothing writes to local memory any more. One call without the GIL, like a batch over UCX. */
 
-#define _GNU_SOURCE /* sendmsg's and recvmsg's flags */
+#define _GNU_SOURCE /* splice, and sendmsg's and recvmsg's flags */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <sched.h>
@@ -15,6 +16,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "blocks.h"
 
@@ -24,6 +26,9 @@ enum {
     SPIN_NS = 300 * 1000,  /* a reply is waited for so long without sleep; most take less */
     SIZE_BYTES = 4,        /* of a frame's header */
     LENGTH_BYTES = 8,      /* of what says how many bytes of blocks follow a reply */
+    LEND_BYTES = 8 << 20,  /* from so many on a peer's blocks are lent to the socket: copying fewer is quicker */
+    LEND_PIECE = 4096,     /* in pieces of so many at least */
+    PIPE_BYTES = 1 << 20,  /* wanted of a pipe, which lends a page a slot */
 };
 
 struct stream {
@@ -35,6 +40,8 @@ struct stream {
     uint64_t received; /* bytes of reply, length and blocks */
     uint64_t frame_bytes;
     uint64_t coming; /* bytes of blocks behind the reply */
+    uint64_t lent;   /* bytes of blocks that have been in the pipe */
+    int pipe[2];     /* through which the socket gets pages instead of copies of them; -1: there is none */
     uint8_t size[SIZE_BYTES];
     uint8_t length[LENGTH_BYTES];
     bool finished;
@@ -116,22 +123,59 @@ static int add_blocks(const polar_exchange_batch *batch, const struct stream *st
     return count;
 }
 
-/* Whether it got on. */
-static bool send_some(const polar_exchange_batch *batch, struct stream *stream) {
+static void close_pipe(struct stream *stream) {
+    for (int end = 0; end < 2; end++)
+        if (stream->pipe[end] >= 0) close(stream->pipe[end]);
+    stream->pipe[0] = stream->pipe[1] = -1;
+}
+
+/* Gives a put with much to send a pipe, if the socket would not block on it. */
+static void open_pipe(const polar_exchange_batch *batch, struct stream *stream) {
+    int flags = fcntl(stream->channel->fd, F_GETFL);
+    stream->pipe[0] = stream->pipe[1] = -1;
+    if (outgoing_blocks(batch, stream) < LEND_BYTES || batch->piece_bytes < LEND_PIECE) return;
+    if (flags < 0 || !(flags & O_NONBLOCK) || pipe2(stream->pipe, O_CLOEXEC | O_NONBLOCK)) return;
+    fcntl(stream->pipe[1], F_SETPIPE_SZ, PIPE_BYTES); /* else it has what it has */
+}
+
+/* Sends blocks' bytes from `sent` on without a copy: the socket reads them where they lie. Should the exchange
+ * fail, that may be after its return; the checksums, which go last, are those of the bytes as they were. */
+static ssize_t lend_some(const polar_exchange_batch *batch, struct stream *stream, uint64_t sent) {
+    uint64_t to = least(sent + BURST, outgoing_blocks(batch, stream));
+    struct iovec ranges[RANGES];
+    ssize_t done = 0;
+    if (stream->lent <= sent) {
+        hash_until(batch, stream, to);
+        done = vmsplice(stream->pipe[1], ranges, add_blocks(batch, stream, ranges, 0, sent, to), 0);
+        stream->lent = sent + (done < 0 ? 0 : done);
+    }
+    if (done >= 0) /* Python ignores SIGPIPE. */
+        done = splice(stream->pipe[0], NULL, stream->channel->fd, NULL, stream->lent - sent, SPLICE_F_MORE);
+    if (done < 0 && (errno == EINVAL || errno == EFAULT || errno == ENOMEM || errno == ENOSYS)) {
+        close_pipe(stream); /* such memory, or such a kernel: the rest is copied */
+        errno = EAGAIN;
+    }
+    return done;
+}
+
+/* Sends what is not lent. */
+static ssize_t copy_some(const polar_exchange_batch *batch, struct stream *stream) {
     polar_channel *channel = stream->channel;
     uint64_t blocks = outgoing_blocks(batch, stream), sums = outgoing_checksums(batch, stream);
     uint64_t sent = stream->sent;
+    bool lending = stream->pipe[0] >= 0;
     struct iovec ranges[RANGES];
     struct msghdr message = {.msg_iov = ranges};
-    int count = 0;
-    ssize_t done;
+    int count = 0, flags = MSG_DONTWAIT | MSG_NOSIGNAL;
 
     if (sent < channel->request_bytes) {
         count = add_range(ranges, count, channel->request + sent, channel->request_bytes - sent);
         sent = channel->request_bytes;
     }
     sent -= channel->request_bytes;
-    if (sent < blocks) {
+    if (sent < blocks && lending) {
+        flags |= MSG_MORE;
+    } else if (sent < blocks) {
         uint64_t to = least(sent + BURST, blocks);
         hash_until(batch, stream, to);
         count = add_blocks(batch, stream, ranges, count, sent, to);
@@ -142,7 +186,15 @@ static bool send_some(const polar_exchange_batch *batch, struct stream *stream) 
         count = add_range(ranges, count, (const uint8_t *)channel->checksums + part, sums - part);
     }
     message.msg_iovlen = count;
-    done = sendmsg(channel->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    return sendmsg(channel->fd, &message, flags);
+}
+
+/* Whether it got on. */
+static bool send_some(const polar_exchange_batch *batch, struct stream *stream) {
+    uint64_t blocks_from = stream->channel->request_bytes;
+    bool at_blocks = stream->sent >= blocks_from && stream->sent - blocks_from < outgoing_blocks(batch, stream);
+    ssize_t done = at_blocks && stream->pipe[0] >= 0 ? lend_some(batch, stream, stream->sent - blocks_from)
+                                                     : copy_some(batch, stream);
     if (done < 0) {
         if (errno != EAGAIN && errno != EINTR) finish(stream, errno);
         return false;
@@ -279,8 +331,10 @@ int polar_exchange(const polar_exchange_batch *batch) {
             streams[i].channel = &batch->channels[i];
             streams[i].block_bytes = block_bytes;
             streams[i].digests = &digests[i * chunks];
+            open_pipe(batch, &streams[i]);
         }
         run(batch, streams, fds);
+        for (uint32_t i = 0; i < batch->channel_count; i++) close_pipe(&streams[i]);
         result = POLAR_DONE;
     }
     free(digests);

@@ -49,7 +49,8 @@ def exchange(
     """Make all calls at once, each to another node, in one GIL-free call, by ``deadline`` (time.monotonic).
 
     All of them read or all of them write; ``digest``: with checksums, which writes need. What does not
-    succeed is an error, and its connection closed: nothing touches the addresses after the return. Raises
+    succeed is an error, and its connection closed: nothing writes to the addresses after the return. What a
+    write that failed still sends may be other bytes by then; their checksums tell whoever reads them. Raises
     TransportError if there is no memory for it.
     """
     outcomes: list[Answer | NodeError] = []

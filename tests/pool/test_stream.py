@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import sys
 import threading
@@ -107,7 +108,11 @@ def pull(control: ControlConnection, memory: Memory, under: bytes, length: int =
     return answer.reply
 
 
-@pytest.mark.parametrize("count", [1, 3, 200])
+# From 8 MiB on the pages are lent to the socket.
+SIZES = pytest.mark.parametrize("count", [3, 200, 400])
+
+
+@SIZES
 def test_blocks_come_back_as_they_were_stored(control: ControlConnection, node: RunningNode, count: int):
     source, target = Memory(count), Memory(count, seed=1)
     assert store(control, source, keys(count)) == [RESERVED] * count
@@ -150,13 +155,14 @@ def test_bytes_of_a_block_that_is_there_are_for_nobody(control: ControlConnectio
     assert (target.blocks()[1] == source.blocks()[0]).all()
 
 
+@SIZES
 def test_block_with_another_checksum_than_expected_is_not_stored(
-    control: ControlConnection, node: RunningNode
+    control: ControlConnection, node: RunningNode, count: int
 ):
-    source = Memory(3)
+    source = Memory(count)
     source.sums[1] ^= np.uint64(1)
-    store(control, source, keys(3), source.sums)
-    assert control.request(Peek(control.next_id(), keys(3)), 5.0).present == b"\1\0\1"
+    store(control, source, keys(count), source.sums)
+    assert control.request(Peek(control.next_id(), keys(count)), 5.0).present == b"\1\0" + b"\1" * (count - 2)
     assert node.statistics().reservations == 0
 
 
@@ -196,6 +202,21 @@ def test_writer_that_stalls_holds_up_nobody_and_leaves_nothing(node: RunningNode
         assert store(control, Memory(1), keys(1, 100)) == [BUSY]
     eventually(lambda: node.statistics().reservations == 0)
     assert store(control, Memory(1), keys(1, 100)) == [RESERVED]
+
+
+def test_memory_that_is_used_again_after_a_write_failed_is_in_no_block(node: RunningNode):
+    """Its pages may be in the sockets yet."""
+    source = Memory(400)
+    with node.connect() as control:
+        node.process.send_signal(signal.SIGSTOP)
+        under = keys(400)
+        request = Store(control.next_id(), under, NO_PARENT + under[:-16], BLOCK)
+        answer = call(control, request, source, deadline_s=0.5)
+        source.bytes[:] = 0
+        node.process.send_signal(signal.SIGCONT)
+    assert isinstance(answer, NodeError)
+    eventually(lambda: (node.statistics().connections, node.statistics().reservations) == (1, 0))
+    assert node.statistics().blocks == 0
 
 
 def test_reader_that_does_not_read_keeps_its_blocks_where_they_are_until_it_is_gone(node: RunningNode):
