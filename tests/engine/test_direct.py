@@ -351,7 +351,7 @@ def test_two_ranks_of_either_mode_read_what_the_other_wrote(
     asked, other = prompt(300, 800), prompt(301, 800)
     if architecture != "llama":
         model = tiny_models.build(architecture, tmp_path / "model")
-    with FaultyNode().start() as node:
+    with FaultyNode("1GiB").start() as node:
         direct_flags = (*flags(node), "--tp", "2")
         hicache_flags = ("--polarkv-nodes", node.address, "--tp", "2")
         with running_server(model, tmp_path / "direct.log", *direct_flags) as direct:
@@ -362,8 +362,8 @@ def test_two_ranks_of_either_mode_read_what_the_other_wrote(
             node.spoil_blocks()
             assert direct.generate(asked).output_ids == first.output_ids
             assert lost_loads(direct) > before
+            check_many_at_once(direct, node)  # and spoil all blocks again
             direct.generate_from_pool(asked, at_least=784)
-            check_many_at_once(direct, node)
         with running_server(model, tmp_path / "hicache.log", *hicache_flags) as hicache:
             reply = hicache.generate(asked)
             assert reply.tiers is not None
