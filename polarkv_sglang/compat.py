@@ -116,6 +116,7 @@ ENGINE_SURFACES = (
     Surface(_CORE + "evict_device_next_node", ("component_type", "tracker")),
     Surface(_CORE + "evict_device_end", ("component_type",)),
     Surface("sglang.srt.distributed.parallel_state.get_world_group"),
+    Surface("sglang.srt.runtime_context.get_parallel"),
     Surface("sglang.kernels.ops.memory.gpu_tensor_hash.gpu_tensor_hash"),
     Surface(_STORAGE + "batch_exists", ("keys", "extra_info")),
     Surface(_STORAGE + "batch_get_v1", ("keys", "host_indices", "extra_info")),
@@ -192,7 +193,6 @@ BLEND_SURFACES = (
         "sglang.srt.layers.layer_boundary.residual.batch.set_written", ("hidden_states", "forward_batch")
     ),
     Surface("sglang.srt.layers.radix_attention.RadixAttention.forward", ("q", "k", "v", "save_kv_cache")),
-    Surface("sglang.srt.runtime_context.get_parallel"),
     Surface(_CACHE + "match_prefix", ("params",)),
     Surface(_CACHE + "path_device_indices", ("node",)),
     Surface(_CACHE + "lock", ("node_id",)),

@@ -124,12 +124,18 @@ def _await_layers(
 def _choose_streamer(
     streamer: type[SchedulerOutputStreamer], scheduler: Scheduler
 ) -> type[SchedulerOutputStreamer]:
+    from sglang.srt.runtime_context import get_parallel
+
     metered = bool(scheduler.server_args.enable_metrics)
+    parallel = get_parallel()
+    # Of the ranks that serve a request together, one counts its tokens; of the pool each counts its own share.
+    counts_requests = parallel.attn_tp_rank == parallel.attn_cp_rank == parallel.pp_rank == 0
 
     def on_finished(finished: list[TokenSources]) -> None:
         if metered and finished:
             metrics = engine_metrics()
-            metrics.observe_requests(finished)
+            if counts_requests:
+                metrics.observe_requests(finished)
             client = current_runtime().client
             metrics.observe_pool(client.statistics(), len(client.membership.live))
 
