@@ -1,4 +1,4 @@
-"""Memory nodes behind links of limited rate: what several of them deliver together, and when a get is answered.
+"""Memory nodes behind links of limited rate: what several deliver together, and when a get is answered.
 
 Every node is in a network namespace of its own, as if it were a host, and its link to the client's namespace
 passes no more than ``--mbit`` each way. Needs Linux and root.
@@ -110,8 +110,8 @@ def main() -> int:
         done = subprocess.run(client, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         return 1
-    block = f"{_BLOCK_BYTES >> 10} KiB"
-    print(f"links of {args.mbit / 8000:.3f} GB/s each way; {_BLOCKS} x {block}, and one get of {_GET_BLOCKS} x {block}")
+    link, block = f"{args.mbit / 8000:.3f} GB/s", f"{_BLOCK_BYTES >> 10} KiB"
+    print(f"links of {link} each way; {_BLOCKS} x {block}, and one get of {_GET_BLOCKS} x {block}")
     print("| nodes | put GB/s | get GB/s | get ms |\n| ----: | -------: | -------: | -----: |")
     for line in done.stdout.splitlines():
         row = json.loads(line)

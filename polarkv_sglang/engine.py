@@ -128,7 +128,7 @@ def _choose_streamer(
 
     metered = bool(scheduler.server_args.enable_metrics)
     parallel = get_parallel()
-    # Of the ranks that serve a request together, one counts its tokens; of the pool each counts its own share.
+    # Of the ranks that serve a request together one counts its tokens; each counts its own share of the pool.
     counts_requests = parallel.attn_tp_rank == parallel.attn_cp_rank == parallel.pp_rank == 0
 
     def on_finished(finished: list[TokenSources]) -> None:

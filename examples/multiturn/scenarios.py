@@ -163,7 +163,7 @@ CHATBOT: Final = Scenario(
 # Qwen3-Coder-480B-A35B FP8 on 8 x H20: the sizes of the tiers, the rate and the number of sessions are our
 # choice.
 _CODER_PAGE: Final = 64
-# The longest history, in whole chunks of a prefill, of which the baseline computes enough in a few minutes, twice;
+# The longest history, in whole chunks of a prefill, that the baseline computes often enough in a few minutes;
 # as many of the published rounds.
 _CODER_LAPTOP_TALK: Final = Conversations(
     sessions=3,
