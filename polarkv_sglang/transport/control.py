@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
 import ssl
+import struct
 import time
 from typing import Self, overload
 
@@ -67,6 +69,7 @@ PATIENCE_S = 300e-6  # a reply is waited for so long without giving up the GIL; 
 PATIENCE_BYTE_S = 100e-9  # and for each byte of its request: a batch of keys takes a node longer
 LONGEST_PATIENCE_S = 1e-3  # a fifth of what getting the GIL back takes beside a busy thread
 _RECEIVE_BYTES = 256 << 10
+_DROP_UNSENT = struct.pack("ii", 1, 0)  # struct linger
 _QUICK_BYTES = 64 << 10
 _OUT_OF_TIME = (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -196,7 +199,12 @@ class ControlConnection:
         return self._quick is not None
 
     def give_up(self, reason: str) -> NodeError:
-        """Close the connection after an exchange that failed on it; the error to report."""
+        """Close the connection after an exchange that failed on it; the error to report.
+
+        What was not sent yet is dropped: of pages that the socket was lent it may be other bytes from now on.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DROP_UNSENT)
         return self._failed(reason)
 
     def start_exchange(self) -> int:

@@ -11,6 +11,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -28,7 +29,8 @@ enum {
     LENGTH_BYTES = 8,      /* of what says how many bytes of blocks follow a reply */
     LEND_BYTES = 8 << 20,  /* from so many on a peer's blocks are lent to the socket: copying fewer is quicker */
     LEND_PIECE = 4096,     /* in pieces of so many at least */
-    PIPE_BYTES = 1 << 20,  /* wanted of a pipe, which lends a page a slot */
+    PIPE_BYTES = 1 << 19,  /* wanted of a pipe: a slot for every page of a burst, whose ranges may begin in one */
+    LEAST_PIPE = 1 << 16,  /* through less, copying is quicker */
 };
 
 struct stream {
@@ -131,11 +133,24 @@ static void close_pipe(struct stream *stream) {
 
 /* Gives a put with much to send a pipe, if the socket would not block on it. */
 static void open_pipe(const polar_exchange_batch *batch, struct stream *stream) {
-    int flags = fcntl(stream->channel->fd, F_GETFL);
+    struct sigaction action;
+    int flags;
     stream->pipe[0] = stream->pipe[1] = -1;
     if (outgoing_blocks(batch, stream) < LEND_BYTES || batch->piece_bytes < LEND_PIECE) return;
-    if (flags < 0 || !(flags & O_NONBLOCK) || pipe2(stream->pipe, O_CLOEXEC | O_NONBLOCK)) return;
+    flags = fcntl(stream->channel->fd, F_GETFL);
+    if (flags < 0 || !(flags & O_NONBLOCK)) return;
+    /* Python ignores SIGPIPE, but its host may not: splice raises it where sendmsg can be told not to. */
+    if (sigaction(SIGPIPE, NULL, &action) || action.sa_handler == SIG_DFL) return;
+    if (pipe2(stream->pipe, O_CLOEXEC | O_NONBLOCK)) return;
     fcntl(stream->pipe[1], F_SETPIPE_SZ, PIPE_BYTES); /* else it has what it has */
+    if (fcntl(stream->pipe[1], F_GETPIPE_SZ) < LEAST_PIPE) close_pipe(stream);
+}
+
+/* Goes on by copying: such memory, or such a kernel, does not lend. */
+static ssize_t stop_lending(struct stream *stream) {
+    close_pipe(stream);
+    errno = EAGAIN;
+    return -1;
 }
 
 /* Sends blocks' bytes from `sent` on without a copy: the socket reads them where they lie. Should the exchange
@@ -143,18 +158,16 @@ static void open_pipe(const polar_exchange_batch *batch, struct stream *stream) 
 static ssize_t lend_some(const polar_exchange_batch *batch, struct stream *stream, uint64_t sent) {
     uint64_t to = least(sent + BURST, outgoing_blocks(batch, stream));
     struct iovec ranges[RANGES];
-    ssize_t done = 0;
+    ssize_t done;
     if (stream->lent <= sent) {
         hash_until(batch, stream, to);
         done = vmsplice(stream->pipe[1], ranges, add_blocks(batch, stream, ranges, 0, sent, to), 0);
-        stream->lent = sent + (done < 0 ? 0 : done);
+        if (done < 0) return errno == EINTR ? done : stop_lending(stream);
+        stream->lent = sent + done;
     }
-    if (done >= 0) /* Python ignores SIGPIPE. */
-        done = splice(stream->pipe[0], NULL, stream->channel->fd, NULL, stream->lent - sent, SPLICE_F_MORE);
-    if (done < 0 && (errno == EINVAL || errno == EFAULT || errno == ENOMEM || errno == ENOSYS)) {
-        close_pipe(stream); /* such memory, or such a kernel: the rest is copied */
-        errno = EAGAIN;
-    }
+    done = splice(stream->pipe[0], NULL, stream->channel->fd, NULL, stream->lent - sent, SPLICE_F_MORE);
+    if (done < 0 && (errno == EINVAL || errno == ENOSYS || errno == EPERM || errno == EACCES))
+        return stop_lending(stream);
     return done;
 }
 
