@@ -15,9 +15,9 @@ from polarkv_sglang.errors import PolarError
 PAGE_TOKENS = 16
 MAX_NEW_TOKENS = 16
 WAKE_TOKENS = 32
-WARM_UP_TOKENS = 768
-NO_HIT_TOKENS = 512
-NO_HIT_PAIRS = 5  # per start of the engines
+WARM_UP_TOKENS = 1024
+NO_HIT_TOKENS = 1024
+NO_HIT_PAIRS = 4  # per start of the engines
 
 
 class DemoFailed(PolarError):
