@@ -107,6 +107,7 @@ def socket_store(name: str, blocks: Blocks, capacity_bytes: int) -> Iterator[Soc
     ours, theirs = spawning.Pipe()
     peer = spawning.Process(target=_serve, args=(theirs, capacity_bytes), daemon=True)
     peer.start()
+    theirs.close()  # so that a peer which ends before it is ready ends the wait for it
     try:
         with socket.create_connection(("127.0.0.1", ours.recv())) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

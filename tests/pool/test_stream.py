@@ -111,10 +111,7 @@ def pull(control: ControlConnection, memory: Memory, under: bytes, length: int =
 
 
 # From 8 MiB on the pages are lent to the socket.
-SIZES = pytest.mark.parametrize("count", [3, 200, 400])
-
-
-@SIZES
+@pytest.mark.parametrize("count", [1, 3, 200, 400])
 def test_blocks_come_back_as_they_were_stored(control: ControlConnection, node: RunningNode, count: int):
     source, target = Memory(count), Memory(count, seed=1)
     assert store(control, source, keys(count)) == [RESERVED] * count
@@ -223,7 +220,7 @@ def test_bytes_of_a_block_that_is_there_are_for_nobody(control: ControlConnectio
     assert (target.blocks()[1] == source.blocks()[0]).all()
 
 
-@SIZES
+@pytest.mark.parametrize("count", [3, 400])
 def test_block_with_another_checksum_than_expected_is_not_stored(
     control: ControlConnection, node: RunningNode, count: int
 ):
