@@ -234,8 +234,9 @@ class PoolClient:
     def read_notes(self, keys: Sequence[bytes]) -> list[bytes]:
         """The notes under up to MAX_NOTES keys, empty where there is none. Takes turns as ``write_notes``."""
         found = [b""] * len(keys)
-        lane, deadline = self._peek_lane, time.monotonic() + self.deadline_s
+        lane = self._peek_lane
         with self._turn(lane) as in_time:
+            deadline = time.monotonic() + self.deadline_s  # no node is blamed for a wait for others
             sent = self._requests.send(
                 lane,
                 self._note_routes(keys) if in_time else (),

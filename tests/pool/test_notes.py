@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +16,7 @@ from polarkv_sglang.transport.framing import HEADER_BYTES, MAX_FRAME_BYTES, enco
 from polarkv_sglang.transport.messages import MAX_NOTE_BYTES, MAX_NOTES, NotesRead, WriteNotes
 from tests.pool.rank import a_rank
 from tests.pool.test_node import eventually
-from tests.support import running_nodes
+from tests.support import running_node, running_nodes
 
 KEYS = [hashlib.sha256(bytes([number])).digest()[:16] for number in range(8)]
 
@@ -67,3 +71,19 @@ def test_what_one_rank_notes_another_reads_and_the_last_one_counts() -> None:
         left = reader.client.read_notes(keys)
         assert 0 < sum(map(bool, left)) < MAX_NOTES
         assert all(note in (b"", new[key]) for key, note in zip(keys, left))
+
+
+def test_a_node_is_not_blamed_for_a_wait_for_other_calls() -> None:
+    with running_node() as node, a_rank(node.address, deadline_s=2.0) as rank:
+        rank.client.write_notes({KEYS[0]: b"note"})
+        found: list[bytes] = []
+        reading = threading.Thread(target=lambda: found.extend(rank.client.read_notes(KEYS[:1])))
+        with rank.client._peek_lane.lock:
+            reading.start()
+            time.sleep(1.5)
+            os.kill(node.pid, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(node.pid, signal.SIGCONT)
+        reading.join()
+        assert found == [b"note"]
+        assert not rank.client.statistics().failed_batches
