@@ -1,4 +1,4 @@
-"""Conversations that outgrow L1 and L2, with the pool and without it, before and after a restart."""
+"""Conversations that outgrow L1 and L2, with the pool, before and after a restart, and without it."""
 
 from __future__ import annotations
 
@@ -64,31 +64,29 @@ def run(model: Path, sessions: int, spill: str | None, logs: Path) -> Demo:
     if spill:
         polarkv_flags += ["--polarkv-spill", spill]
     node = memory_node(node_port, POOL_CAPACITY, logs / "node.log")
-    engines = [
-        engine(
-            "SGLang with PolarKV", model, polarkv_port, shared_flags() + polarkv_flags, logs / "polarkv.log"
-        ),
-        engine("plain SGLang", model, plain_port, shared_flags(), logs / "plain.log"),
-    ]
+    polarkv = engine(
+        "SGLang with PolarKV", model, polarkv_port, shared_flags() + polarkv_flags, logs / "polarkv.log"
+    )
+    plain = engine("plain SGLang", model, plain_port, shared_flags(), logs / "plain.log")
     demo = Demo(tokenizer, sessions, polarkv_port, plain_port)
     with ExitStack() as stack:
-        for process in (node, *engines):
+        for process in (node, polarkv, plain):
             stack.callback(process.stop)
         start([node])
         try:
-            start(engines)
-            demo.warm_up()
+            start([polarkv, plain])
+            demo.warm_up(both=True)
+            demo.play_without_hit()
             for _ in range(TURNS_BEFORE_RESTART):
                 demo.play_round("first")
-            say("stopping both engines; the memory node stays")
-            for process in engines:
-                process.stop()
-            start(engines)
-            demo.warm_up()
+            say(f"stopping {polarkv.name}; the memory node stays")
+            polarkv.stop()
+            start([polarkv])
+            demo.warm_up(both=False)
             demo.play_round("after_restart", again=True)
             demo.play_round("after_restart")
         except RequestFailed as error:
-            logs_end = "\n".join(process.tail() for process in (node, *engines))
+            logs_end = "\n".join(process.tail() for process in (node, polarkv, plain))
             raise DemoFailed(f"{error}\n{logs_end}") from error
     return demo
 
@@ -122,6 +120,7 @@ def main() -> int:
         print("\nInterrupted; everything the demo started has ended.", file=sys.stderr)
         return 130
     write_json(demo.turns, args.json)
+    say("done")
     print(
         f"\n{table(demo.turns)}\n\n{summary(demo.turns, demo.no_hit_ratios)}\n\nwritten: {args.json}",
         flush=True,

@@ -15,9 +15,9 @@ from polarkv_sglang.errors import PolarError
 PAGE_TOKENS = 16
 MAX_NEW_TOKENS = 16
 WAKE_TOKENS = 32
-WARM_UP_TOKENS = 1024
-NO_HIT_TOKENS = 1024
-NO_HIT_PAIRS = 4  # per start of the engines
+WARM_UP_TOKENS = 512
+NO_HIT_TOKENS = 256  # one pair takes too short for the machine to change much, and many fit in
+NO_HIT_PAIRS = 30
 
 
 class DemoFailed(PolarError):
@@ -39,16 +39,19 @@ class Demo:
         self._starts = 0
         self._wake_prompts = fresh_prompts(tokenizer, WAKE_TOKENS, seed=0)
 
-    def warm_up(self) -> None:
-        """Fresh prompts for both engines: they warm up, then show what PolarKV costs where nothing hits."""
+    def warm_up(self, *, both: bool) -> None:
+        """A fresh prompt, twice, for the engine with PolarKV, or for `both`."""
         self._starts += 1
-        (long_prompt,) = islice(fresh_prompts(self._tokenizer, WARM_UP_TOKENS, seed=self._starts), 1)
-        say(f"warming up: {WARM_UP_TOKENS} fresh tokens, twice, on each engine")
-        for port in (self._polarkv_port, self._plain_port):
+        (prompt,) = islice(fresh_prompts(self._tokenizer, WARM_UP_TOKENS, seed=self._starts), 1)
+        say(f"warming up: {WARM_UP_TOKENS} fresh tokens, twice")
+        for port in (self._polarkv_port, self._plain_port) if both else (self._polarkv_port,):
             for _ in range(2):
-                generate(port, long_prompt, MAX_NEW_TOKENS)
-        say(f"no hit: {NO_HIT_PAIRS} pairs of {NO_HIT_TOKENS} fresh tokens on each engine")
-        prompts = islice(fresh_prompts(self._tokenizer, NO_HIT_TOKENS, seed=100 + self._starts), NO_HIT_PAIRS)
+                generate(port, prompt, MAX_NEW_TOKENS)
+
+    def play_without_hit(self) -> None:
+        """Fresh prompts for both engines, in turn: what PolarKV costs where nothing hits."""
+        say(f"no hit: {NO_HIT_PAIRS} times {NO_HIT_TOKENS} fresh tokens on each engine")
+        prompts = islice(fresh_prompts(self._tokenizer, NO_HIT_TOKENS, seed=100), NO_HIT_PAIRS)
         for pair, prompt in enumerate(prompts):
             self.no_hit_ratios.append(self._no_hit_ratio(prompt, polarkv_first=pair % 2 == 0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -77,11 +78,23 @@ def summary(turns: Sequence[Turn], no_hit_ratios: Sequence[float]) -> str:
                 f"  TTFT of plain / TTFT: median {median(t.plain_ttft_s / t.ttft_s for t in restored):.1f}",
             ]
     if no_hit_ratios:
+        low, high = median_interval(no_hit_ratios)
         lines.append(
             f"enabled with no hit: TTFT / TTFT of plain: median {median(no_hit_ratios):.3f}"
-            f" of {len(no_hit_ratios)} interleaved pairs"
+            f" of {len(no_hit_ratios)} interleaved pairs ({low:.3f} to {high:.3f} with 95 % confidence)"
         )
     return "\n".join(lines)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Between which of the values the median of their distribution lies with a confidence of about 95 %.
+
+    By ranks, whatever the distribution: as many of n values are below its median as heads in n tosses of a
+    coin. All of the range for fewer than six.
+    """
+    ordered = sorted(values)
+    outside = max(0, int(len(ordered) / 2 - 0.98 * math.sqrt(len(ordered))))
+    return ordered[outside], ordered[-1 - outside]
 
 
 def is_restored(turn: Turn) -> bool:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 
-from examples.demo.report import Turn, read_json, summary, table, write_json
+import numpy as np
+
+from examples.demo.report import Turn, median_interval, read_json, summary, table, write_json
 
 KEYS = [
     "session", "turn", "phase", "prompt_tokens", "l1", "l2", "l3", "computed",
@@ -50,7 +52,7 @@ def test_summary_compares_restored_turns_only():
     assert "turn 4, after the restart: 1 of 2 restored" in text
     assert "TTFT of an L1 hit: median 1.10" in text
     assert "TTFT of plain / TTFT: median 11.4" in text
-    assert "TTFT / TTFT of plain: median 1.010 of 3" in text
+    assert "TTFT / TTFT of plain: median 1.010 of 3 interleaved pairs (1.000 to 1.500" in text
 
 
 def test_summary_of_nothing_restored_says_so():
@@ -63,3 +65,11 @@ def test_summary_keeps_a_turn_played_again_apart_from_the_next():
     assert "turn 3 again, after the restart: 1 of 1" in again
     assert "L1 hit: median 1.00" in again
     assert "L1 hit: median 2.00" in following
+
+
+def test_interval_of_a_median_has_it_about_as_often_as_said():
+    random = np.random.default_rng(7)
+    for count in (10, 30, 101):
+        intervals = [median_interval(random.lognormal(size=count)) for _ in range(2000)]
+        covered = sum(low <= 1 <= high for low, high in intervals) / len(intervals)
+        assert 0.93 < covered < 0.99
