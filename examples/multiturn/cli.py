@@ -126,6 +126,7 @@ def _adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
         preset,
         conversations=talk,
         repeats=_at_least_one("repeats", preset.repeats if args.repeats is None else args.repeats),
+        limit_s=preset.limit_s if args.repeats is None else None,
         tp=_at_least_one("tp", preset.tp if args.tp is None else args.tp),
         model=preset.model if args.model is None else args.model,
     )
@@ -184,7 +185,11 @@ def _parser(scenario: Scenario) -> argparse.ArgumentParser:
     option("--preset", choices=("published", "laptop"), default="laptop", help="default: %(default)s")
     option("--systems", metavar="A,B", help=f"of {', '.join(SYSTEMS)}; default: all that can be run here")
     option("--json", type=Path, default=Path(f"{scenario.name}.json"), help="figures; default: %(default)s")
-    option("--repeats", type=int, help="of all turns on every system")
+    option(
+        "--repeats",
+        type=int,
+        help="of all turns on every system; default: as many as the preset has time for",
+    )
     option("--base-url", action="append", default=[], metavar="SYSTEM=URL", help="a server that runs already")
     option("--model", help="path or name of the model")
     option("--tp", type=int, help="tensor parallel size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -72,7 +73,9 @@ class Runner:
         self._urls = urls
         self._tokenizer = _tokenizer(setting.model)
         self._rate = None if preset.qps is None else Rate(preset.qps, None)  # None: not measured yet
+        self._begun = time.monotonic()
         self._plays: dict[str, list[Played]] = {system.name: [] for system in systems}
+        self._last_sessions: dict[str, Sequence[Speaker]] = {}
         self._restores: dict[str, Restore] = {}
         self._speakers("check", 1)  # what cannot speak is better found before servers start
 
@@ -82,17 +85,30 @@ class Runner:
             with self._serving(self._systems) as urls:
                 for system in self._systems:
                     asyncio.run(self._warm_up(system, urls[system.name]))
+                first_at = time.monotonic()
                 for repeat in range(self._repeats):
+                    if repeat and self._outlasts((time.monotonic() - first_at) / repeat):
+                        say(f"{repeat} of {self._repeats} repeats fit in the time; --repeats plays more")
+                        break
                     for system in _rotated(self._systems, repeat):
                         asyncio.run(self._play(system, urls[system.name], repeat))
+                for system in self._systems:
+                    asyncio.run(self._probe(system, urls[system.name]))
         else:
             for repeat in range(self._repeats):
                 for system in _rotated(self._systems, repeat):
                     with self._serving([system]) as urls:
                         asyncio.run(self._warm_up(system, urls[system.name]))
                         asyncio.run(self._play(system, urls[system.name], repeat))
+                        if repeat == self._repeats - 1:
+                            asyncio.run(self._probe(system, urls[system.name]))
         assert self._rate is not None
         return Results(self._rate, self._plays, self._restores)
+
+    def _outlasts(self, repeat_s: float) -> bool:
+        """Whether another repeat, of so many seconds, would end after the preset's limit."""
+        limit_s = self._preset.limit_s
+        return limit_s is not None and time.monotonic() - self._begun + repeat_s > limit_s
 
     @contextmanager
     def _serving(self, systems: Sequence[System]) -> Iterator[dict[str, str]]:
@@ -159,14 +175,19 @@ class Runner:
                     f"{system.label} had {played.first_round_hits} tokens of fresh conversations in its"
                     f" caches, left there by another run; give another --seed than {self._seed}"
                 )
-            if system.has_l3 and repeat == self._repeats - 1 and system.name not in self._urls:
-                await self._probe(system, client, sessions)
+            self._last_sessions[system.name] = sessions
 
-    async def _probe(self, system: System, client: Client, sessions: Sequence[Speaker]) -> None:
-        measured = await restore(client, [speaker.ask_again() for speaker in sessions[-PROBES:]])
+    async def _probe(self, system: System, url: str) -> None:
+        """After the last repeat: what its last prompts cost alone. Not on a server that others may use."""
+        if not system.has_l3 or system.name in self._urls:
+            return
+        prompts = [speaker.ask_again() for speaker in self._last_sessions[system.name][-PROBES:]]
+        async with Client(url) as client:
+            measured = await restore(client, prompts)
         self._restores[system.name] = measured
         say(
-            f"  restored from L3 {measured.restored_ttft_s:.3f} s, L1 hit {measured.l1_ttft_s:.3f} s,"
+            f"{system.label}: restored from L3 {measured.restored_ttft_s:.3f} s, L1 hit"
+            f" {measured.l1_ttft_s:.3f} s,"
             f" {measured.missed} of {measured.prompts + measured.missed} not restored"
         )
 

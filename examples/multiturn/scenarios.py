@@ -28,6 +28,7 @@ from examples.multiturn.presets import (
 # equal outputs are demanded.
 _FLOAT32: Final = ("--dtype", "float32")
 _FLOAT_BYTES: Final = 4
+_LAPTOP_S: Final = 560.0  # of the ten minutes that a laptop run may take, less what follows the last repeat
 
 
 def _token_bytes(layers: int, kv_heads: int, head_dim: int, value_bytes: int) -> int:
@@ -96,6 +97,7 @@ GLM45: Final = Scenario(
         load=1.0,
         published_qps=4.0,
         repeats=2,
+        limit_s=_LAPTOP_S,
         at_once=True,
         engine_flags=_FLOAT32,
     ),
@@ -214,6 +216,7 @@ CODER: Final = Scenario(
         page_tokens=_CODER_PAGE,
         load=5.0,
         repeats=2,
+        limit_s=_LAPTOP_S,
         at_once=True,
         engine_flags=(*_FLOAT32, "--chunked-prefill-size", "2048"),
     ),

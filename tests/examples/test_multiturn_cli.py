@@ -7,8 +7,10 @@ import re
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from examples.multiturn.cli import main
+from examples.multiturn.presets import Scenario
 from examples.multiturn.scenarios import CHATBOT, GLM45
 from tests.examples.streaming import Event, streaming, tokens
 
@@ -52,12 +54,14 @@ def other(prompt: list[int]) -> list[Event]:
     return [tokens(3, 4)]
 
 
-def run(tmp_path, answer_of_polarkv, *more: str) -> tuple[int, list[dict[str, object]]]:
-    small = ["--sessions", "3", "--rounds", "2", "--repeats", "2", "--qps", "50"]
+def run(
+    tmp_path, answer_of_polarkv, *more: str, scenario: Scenario = GLM45
+) -> tuple[int, list[dict[str, object]]]:
+    small = ["--sessions", "3", "--rounds", "2", "--qps", "50"]
     with streaming(same) as radix, streaming(answer_of_polarkv) as polarkv:
         urls = ["--base-url", f"radix={radix.url}", "--base-url", f"polarkv={polarkv.url}"]
         paths = ["--json", str(tmp_path / "run.json"), "--logs", str(tmp_path / "logs")]
-        status = main(GLM45, [*small, *urls, *paths, *more])
+        status = main(scenario, [*small, *urls, *paths, *more])
     same_prompts = set(map(tuple, polarkv.prompts)) <= set(map(tuple, radix.prompts))
     assert same_prompts == (answer_of_polarkv is same)
     return status, json.loads((tmp_path / "run.json").read_text())
@@ -81,6 +85,15 @@ def test_running_servers_are_compared_and_the_figures_written(tmp_path, capsys):
     assert "arrivals: 50 requests/s, 12.500 of the published 4" in shown
     assert re.search(r"PolarKV +\|", shown)
     assert "mean TTFT at least 2.1x lower than radix cache only" in shown
+
+
+def test_a_laptop_begins_no_repeat_that_would_outlast_its_limit_unless_it_is_asked_for(tmp_path, capsys):
+    hurried = replace(GLM45, laptop=replace(GLM45.laptop, limit_s=0.001))
+    for more, repeats in (((), 1), (("--repeats", "2"), 2)):
+        status, objects = run(tmp_path, same, *more, scenario=hurried)
+        assert status == 0
+        assert [each["requests"] for each in objects] == [6 * repeats] * 2
+        assert ("1 of 2 repeats fit in the time" in capsys.readouterr().out) == (repeats == 1)
 
 
 def test_other_greedy_text_than_the_baselines_fails_the_run(tmp_path, capsys):
