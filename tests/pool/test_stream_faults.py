@@ -1,0 +1,222 @@
+"""Peers that stall, drip, answer wrongly or come too late, on connections that move blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from polarkv_sglang.errors import NodeError
+from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.pool.index import RESERVATION_S
+from polarkv_sglang.pool.stream import SlabView, Upload
+from polarkv_sglang.transport import load_library
+from polarkv_sglang.transport.columns import pack_u64
+from polarkv_sglang.transport.control import ControlConnection
+from polarkv_sglang.transport.framing import encode_frame
+from polarkv_sglang.transport.messages import Fill, Pull, Pulled, Reserve, Stored
+from polarkv_sglang.transport.stream import Answer, Call, exchange
+from tests.pool.streams import (
+    BLOCK,
+    BUSY,
+    PIECE,
+    RESERVED,
+    Memory,
+    call,
+    half_a_store,
+    keys,
+    pull,
+    send,
+    store,
+)
+from tests.pool.test_index import Pool
+from tests.pool.test_node import eventually
+from tests.support import RunningNode, running_node
+from tests.transport.test_control import connect, handshake, scripted_node, until_closed
+
+
+def test_writer_that_stalls_holds_up_nobody_and_leaves_nothing(node: RunningNode, control: ControlConnection):
+    with node.connect() as stalled:
+        send(stalled, half_a_store(stalled, first=100))
+        eventually(lambda: node.statistics().reservations == 1)
+        assert store(control, Memory(8), keys(8)) == [RESERVED] * 8
+        assert store(control, Memory(1), keys(1, 100)) == [BUSY]
+    eventually(lambda: node.statistics().reservations == 0)
+    assert store(control, Memory(1), keys(1, 100)) == [RESERVED]
+
+
+def test_reader_that_does_not_read_keeps_its_blocks_where_they_are_until_it_is_gone(node: RunningNode):
+    count = 600  # more than the sockets' buffers hold
+    with node.connect() as writer, node.connect() as reader:
+        for first in range(1, count, 100):
+            store(writer, Memory(100), keys(100, first))
+        for other in range(2):
+            reader.send(Pull(other, keys(count), BLOCK))
+        eventually(lambda: node.statistics().leases > 0)
+        time.sleep(0.2)
+        assert node.statistics().leases > 0
+        assert len(pull(writer, Memory(8, seed=1), keys(8)).checksum_blob) == 64  # others are served
+    eventually(lambda: node.statistics().leases == 0)
+
+
+def test_reservation_that_is_over_takes_no_more_bytes():
+    """The slot may be another's by then."""
+    pool = Pool()
+    reservation = pool.index.reserve(1, [keys(1)], [NO_PARENT], 4096)
+    slab = np.zeros(4096, np.uint8)
+    view = SlabView(slab.ctypes.data, slab.nbytes)
+    upload = Upload(
+        pool.index,
+        view,
+        memoryview(bytearray(1)),
+        1,
+        reservation.number,
+        [slab.ctypes.data],
+        4096,
+        lambda _: Stored(1, b"\0"),
+    )
+    assert upload.buffer() is not None
+    upload.received(100)
+    pool.now += RESERVATION_S + 1
+    pool.index.expire()
+    assert upload.buffer() is None
+    upload.abandon()
+    pool.index.check_integrity()
+
+
+# A memory node where reservations and leases of pulls last for an instant.
+_HASTY = """
+import sys
+from polarkv_sglang.pool import index, node, stream
+from polarkv_sglang.cli import main
+index.RESERVATION_S = stream.MAX_LEASE_S = 0.2
+node.EXPIRY_INTERVAL_S = 0.05
+sys.argv = sys.argv[3:]
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def hasty() -> Iterator[RunningNode]:
+    with running_node("64MiB", "--ucx-tls", "tcp", launcher=[sys.executable, "-c", _HASTY]) as node:
+        yield node
+
+
+def test_writer_that_is_late_loses_its_connection_and_nothing_else(hasty: RunningNode):
+    with hasty.connect() as late:
+        send(late, half_a_store(late))
+        eventually(lambda: hasty.statistics().expired_reservations_total == 1)
+        send(late, bytes(BLOCK))
+        with pytest.raises(NodeError):
+            late.receive(time.monotonic() + 5.0)
+    assert hasty.statistics().blocks == 0
+
+
+def test_reader_that_does_not_read_is_cut_off_with_its_lease(hasty: RunningNode):
+    count = 600  # more than the sockets' buffers hold
+    with hasty.connect() as writer:
+        for first in range(1, count, 100):
+            store(writer, Memory(100), keys(100, first))
+    with hasty.connect() as reader:
+        for other in range(2):
+            reader.send(Pull(other, keys(count), BLOCK))
+        eventually(lambda: hasty.statistics().expired_leases_total > 0)
+        eventually(lambda: hasty.statistics().connections == 1)
+
+
+def test_fill_of_a_reservation_that_is_anothers_ends_the_connection(node: RunningNode):
+    with node.connect() as one, node.connect() as two:
+        reserved = one.request(Reserve(one.next_id(), keys(1), NO_PARENT, BLOCK), 5.0)
+        answer = call(two, Fill(two.next_id(), reserved.reservation), Memory(1))
+        assert isinstance(answer, NodeError)
+        assert isinstance(call(one, Fill(one.next_id(), reserved.reservation), Memory(1)), Answer)
+
+
+def pulled(count: int, total: int) -> bytes:
+    frame = encode_frame(Pulled(1, pack_u64([0] * count), pack_u64([1] * count)))
+    return bytes(frame) + total.to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (pulled(1, BLOCK), "did not answer in time"),
+        (pulled(2, BLOCK) + bytes(BLOCK), "more or fewer blocks"),
+        (pulled(3, 3 * BLOCK) + bytes(3 * BLOCK), "too long"),
+        (pulled(1, BLOCK - 1) + bytes(BLOCK), "too long"),
+        ((1 << 30).to_bytes(4, "little"), "too long"),
+        (bytes(encode_frame(Stored(1, b""))) + bytes(8), "with another message"),
+        (b"\5\0\0\0hello" + bytes(8), "broke the protocol"),
+        (b"", "did not answer in time"),
+    ],
+    ids=["short", "miscounted", "more blocks", "part of one", "long frame", "another", "garbage", "silence"],
+)
+def test_answer_that_is_none_ends_the_connection_in_time(answer: bytes, why: str):
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        connection.recv(4096)
+        connection.sendall(answer)
+        until_closed(connection)
+
+    with scripted_node(serve) as address, connect(address) as control:
+        started = time.monotonic()
+        got = call(control, Pull(1, keys(2), BLOCK), Memory(2), deadline_s=0.4)
+        assert isinstance(got, NodeError)
+        assert why in str(got)
+        assert time.monotonic() - started < 2.0
+        assert isinstance(call(control, Pull(2, keys(2), BLOCK), Memory(2)), NodeError)
+
+
+@contextlib.contextmanager
+def dripping(connection: socket.socket) -> Iterator[None]:
+    """Unused bytes trickle in all the while."""
+    stop = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.02):
+                connection.sendall(b"\0")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+def test_node_that_drips_bytes_cannot_stretch_the_deadline():
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        connection.recv(4096)
+        connection.sendall(pulled(2, 2 * BLOCK))
+        with dripping(connection):
+            until_closed(connection)
+
+    with scripted_node(serve) as address, connect(address) as control:
+        started = time.monotonic()
+        assert isinstance(call(control, Pull(1, keys(2), BLOCK), Memory(2), deadline_s=0.3), NodeError)
+        assert 0.2 < time.monotonic() - started < 2.0
+
+
+def test_silent_node_does_not_take_the_blocks_of_another(node: RunningNode, control: ControlConnection):
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        until_closed(connection)
+
+    source, target, other = Memory(2), Memory(2, seed=1), Memory(2, seed=2)
+    store(control, source, keys(2))
+    with scripted_node(serve) as address, connect(address) as silent:
+        calls = [
+            Call(silent, Pull(silent.next_id(), keys(2), BLOCK), other.addresses),
+            Call(control, Pull(control.next_id(), keys(2), BLOCK), target.addresses),
+        ]
+        failed, answer = exchange(load_library(), calls, PIECE, time.monotonic() + 0.4)
+        assert isinstance(failed, NodeError)
+        assert isinstance(answer, Answer)
+        assert (target.blocks() == source.blocks()).all()
