@@ -316,7 +316,7 @@ class Session(asyncio.BufferedProtocol):
             case Pull() | Store() | Fill() if self._tls is not None:
                 raise BadFrame("blocks over TLS")
             case Pull():
-                parts = request.parts().tolist()
+                parts = request.parts()
                 count = send_blocks(index, service.slab, owner, request, parts, self._transport)
                 # Of blocks that come in parts, with the last one.
                 service.pushers.sent_blocks += count if sum(parts[-1]) == request.length else 0

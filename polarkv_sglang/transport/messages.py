@@ -10,8 +10,6 @@ from enum import IntEnum
 from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.transport.columns import seal, unpack_u64
@@ -290,19 +288,22 @@ class Pull(Message, frozen=True, tag="pull"):
 
     def __post_init__(self) -> None:
         count = _check_keys(self.keys)
-        starts, sizes = self.parts().T
-        if count * len(sizes) > MAX_PULL_RUNS:
-            raise ValueError(f"{count} keys in {len(sizes)} parts are more than {MAX_PULL_RUNS} runs")
-        if not (sizes.all() and (sizes <= self.length).all() and (starts <= self.length - sizes).all()):
+        if not self.part_blob:  # whole blocks are as many runs as keys, at most
+            return
+        parts = self.parts()
+        if count * len(parts) > MAX_PULL_RUNS:
+            raise ValueError(f"{count} keys in {len(parts)} parts are more than {MAX_PULL_RUNS} runs")
+        if not all(0 < size <= self.length - start for start, size in parts):
             raise ValueError(f"a part is empty, or leaves its block of {self.length} bytes")
 
-    def parts(self) -> npt.NDArray[np.uint64]:
-        """[parts, 2]: where each begins, and its bytes."""
+    def parts(self) -> list[tuple[int, int]]:
+        """Of each where in a block it begins, and its bytes."""
         if not self.part_blob:
-            return np.array([[0, self.length]], np.uint64)
+            return [(0, self.length)]
         if len(self.part_blob) % 16 or len(self.part_blob) > 16 * MAX_PULL_PARTS:
             raise ValueError(f"parts are no pairs of numbers, or more than {MAX_PULL_PARTS}")
-        return unpack_u64(self.part_blob).reshape(-1, 2)
+        numbers = unpack_u64(self.part_blob).tolist()
+        return list(zip(numbers[::2], numbers[1::2]))
 
 
 class Pulled(Message, frozen=True, tag="pulled"):
