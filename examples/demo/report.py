@@ -90,7 +90,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Between which of the values the median of their distribution lies with a confidence of about 95 %.
 
     By ranks, whatever the distribution: as many of n values are below its median as heads in n tosses of a
-    coin. All of the range for fewer than six.
+    coin. All of the range for fewer than eight.
     """
     ordered = sorted(values)
     outside = max(0, int(len(ordered) / 2 - 0.98 * math.sqrt(len(ordered))))

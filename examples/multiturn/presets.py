@@ -103,9 +103,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     published_qps: float | None = None
     tp: int = 1
     repeats: int
-    limit_s: float | None = (
-        None  # no repeat but the first is begun that would end later, if servers run at once
-    )
+    # Seconds: where servers run at once, no repeat but the first is begun that would end later; None: all.
+    limit_s: float | None = None
     at_once: bool  # whether the servers of all systems fit on the machine together
     engine_flags: tuple[str, ...] = ()
     start_timeout_s: float = 240.0

@@ -111,12 +111,6 @@ class Rank:
 
 
 @pytest.fixture
-def node() -> Iterator[RunningNode]:
-    with running_node("64MiB", "--ucx-tls", "tcp") as node:
-        yield node
-
-
-@pytest.fixture
 def rank(node: RunningNode) -> Iterator[Rank]:
     rank = Rank(node)
     yield rank
