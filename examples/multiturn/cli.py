@@ -73,7 +73,7 @@ def main(scenario: Scenario, arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    status = _show(scenario, preset, results, args.json)
+    status = _show(scenario, results, args.json)
     say(f"done in {time.monotonic() - started:.0f} s")
     return status
 
@@ -127,6 +127,7 @@ def _adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
         conversations=talk,
         repeats=_at_least_one("repeats", preset.repeats if args.repeats is None else args.repeats),
         limit_s=preset.limit_s if args.repeats is None else None,
+        min_rounds=preset.min_rounds if args.rounds is None else None,
         tp=_at_least_one("tp", preset.tp if args.tp is None else args.tp),
         model=preset.model if args.model is None else args.model,
     )
@@ -154,13 +155,13 @@ def _check_picture(path: Path) -> None:
         raise ConfigError(f"the picture needs matplotlib: pip install '.[examples]' ({error})") from error
 
 
-def _show(scenario: Scenario, preset: Preset, results: Results, path: Path) -> int:
-    goals = [verdict.line() for verdict in verdicts(scenario, preset, results)]
-    rows = all_figures(scenario, preset, results)
-    whole = report(scenario, preset, preset.model, results, goals)
+def _show(scenario: Scenario, results: Results, path: Path) -> int:
+    goals = [verdict.line() for verdict in verdicts(scenario, results)]
+    rows = all_figures(scenario, results)
+    whole = report(scenario, results, goals)
     written = [*write(rows, whole, path), path.with_suffix(".png")]
     draw(rows, whole, written[-1])
-    print(f"\n{table(rows, whole)}\n\n{describe_rate(results.rate, preset)}")
+    print(f"\n{table(rows, whole)}\n\n{describe_rate(results.rate, results.preset)}")
     for name, restored in results.restores.items():
         print(
             f"{SYSTEMS[name].label}: restored from L3 {restored.restored_ttft_s:.3f} s, L1 hit"
@@ -202,7 +203,7 @@ def _parser(scenario: Scenario) -> argparse.ArgumentParser:
     )
     option("--engine-flags", default="", metavar="FLAGS", help="more flags for every SGLang server, quoted")
     option("--sessions", type=int, help="conversations")
-    option("--rounds", type=int, help="turns of each")
+    option("--rounds", type=int, help="turns of each; default: as many as the preset has time for")
     option("--qps", type=float, help="requests a second that arrive")
     option("--seed", type=int, default=1, help="of arrivals and of random text")
     option("--mooncake-python", type=Path, help="Python interpreter that has Mooncake; default: this one")

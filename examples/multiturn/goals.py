@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from examples.multiturn.figures import Played, spread, ttfts
-from examples.multiturn.presets import Preset, Scenario
+from examples.multiturn.presets import Scenario
 from examples.multiturn.probe import copy_seconds
 from examples.multiturn.runner import Results
 from examples.multiturn.systems import BASELINE, POLARKV, POLARKV_DIRECT, SYSTEMS
@@ -26,10 +26,10 @@ class Verdict(NamedTuple):
         return text if self.reached else f"{text}\n    {self.bound}"
 
 
-def verdicts(scenario: Scenario, preset: Preset, results: Results) -> list[Verdict]:
+def verdicts(scenario: Scenario, results: Results) -> list[Verdict]:
     """Of all goals that the systems of the run allow to judge; none for another preset than laptop."""
     goal, plays = scenario.goal, results.plays
-    if preset.name != "laptop" or POLARKV not in plays:
+    if results.preset.name != "laptop" or POLARKV not in plays:
         return []
     found = []
     if goal.ttft_ratio is not None:
@@ -37,7 +37,7 @@ def verdicts(scenario: Scenario, preset: Preset, results: Results) -> list[Verdi
     if goal.throughput_gain is not None and BASELINE in plays:
         found.append(_throughput_goal(goal.throughput_gain, results))
     if goal.restored_to_l1 is not None and POLARKV in results.restores:
-        found += _restore_goals(goal.restored_to_l1, preset, results)
+        found += _restore_goals(goal.restored_to_l1, results)
     return found
 
 
@@ -106,7 +106,7 @@ def _offered_tokens_per_s(plays: Sequence[Played]) -> float:
     return fmean(rates)
 
 
-def _restore_goals(wanted: float, preset: Preset, results: Results) -> list[Verdict]:
+def _restore_goals(wanted: float, results: Results) -> list[Verdict]:
     ours = {name: results.restores[name] for name in _OURS if name in results.restores}
     restored = {name: restore for name, restore in ours.items() if restore.prompts}
     if not restored:
@@ -114,7 +114,7 @@ def _restore_goals(wanted: float, preset: Preset, results: Results) -> list[Verd
         return [Verdict("prompts restored from L3", f"none of {missed}", False, "bound: none measured")]
     mode = min(restored, key=lambda name: restored[name].ratio)
     mine = restored[mode]
-    length = preset.tiers.token_bytes * preset.conversations.history_tokens
+    length = results.preset.tiers.token_bytes * results.preset.conversations.history_tokens
     copied_s = copy_seconds(length)
     copies = 2 if mode == POLARKV else 1
     bound = 1 + copies * copied_s / mine.l1_ttft_s

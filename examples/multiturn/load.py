@@ -129,6 +129,11 @@ def _hits(meta: Meta) -> CacheDetails:
     return meta.cached_tokens_details or CacheDetails(device=meta.cached_tokens)
 
 
+def import_generator() -> None:
+    """Import now what ``play`` uses of SGLang, which takes seconds."""
+    from sglang.benchmark.serving import get_request  # noqa: F401
+
+
 async def play(
     client: Client,
     sessions: Sequence[Speaker],

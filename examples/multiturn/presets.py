@@ -103,8 +103,10 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     published_qps: float | None = None
     tp: int = 1
     repeats: int
-    # Seconds: where servers run at once, no repeat but the first is begun that would end later; None: all.
+    # Seconds that a run should take at most. Where servers run at once, no repeat but the first is begun that
+    # would end later; where they run one after another, fewer rounds are played, but not below min_rounds.
     limit_s: float | None = None
+    min_rounds: int | None = None
     at_once: bool  # whether the servers of all systems fit on the machine together
     engine_flags: tuple[str, ...] = ()
     start_timeout_s: float = 240.0

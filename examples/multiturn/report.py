@@ -9,10 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
-import torch
 
 from examples.multiturn.figures import Details, Figures, Spread, details, figures
-from examples.multiturn.presets import Preset, Scenario
+from examples.multiturn.presets import Scenario
 from examples.multiturn.probe import Restore
 from examples.multiturn.runner import Results
 from examples.multiturn.systems import SYSTEMS
@@ -45,6 +44,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     l1_tokens: int
     l2_tokens: int
     l3_tokens: int
+    rounds: int  # as played
     working_set_tokens: int
     systems: tuple[Details, ...]
     restores: Mapping[str, Restore]
@@ -53,6 +53,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def environment() -> Environment:
     """Of this process, now."""
+    import torch
+
     accelerated = torch.accelerator.is_available()
     count = torch.accelerator.device_count() if accelerated else 0
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
@@ -70,22 +72,24 @@ def environment() -> Environment:
     )
 
 
-def all_figures(scenario: Scenario, preset: Preset, results: Results) -> list[Figures]:
+def all_figures(scenario: Scenario, results: Results) -> list[Figures]:
     """One a system; outputs are compared with those of the first."""
     baseline = next(iter(results.plays.values()))
     return [
-        figures(scenario.name, preset.name, name, plays, baseline) for name, plays in results.plays.items()
+        figures(scenario.name, results.preset.name, name, plays, baseline)
+        for name, plays in results.plays.items()
     ]
 
 
-def report(scenario: Scenario, preset: Preset, model: str, results: Results, goals: Sequence[str]) -> Report:
+def report(scenario: Scenario, results: Results, goals: Sequence[str]) -> Report:
     """What the figures leave out."""
     baseline = next(iter(results.plays))
+    preset = results.preset
     sizes = preset.tiers
     return Report(
         scenario=scenario.name,
         preset=preset.name,
-        model=model,
+        model=preset.model,
         published_result=scenario.published_result,
         environment=environment(),
         qps=results.rate.qps,
@@ -95,6 +99,7 @@ def report(scenario: Scenario, preset: Preset, model: str, results: Results, goa
         l1_tokens=sizes.l1_tokens,
         l2_tokens=sizes.l2_tokens,
         l3_tokens=sizes.l3_tokens,
+        rounds=preset.conversations.rounds,
         working_set_tokens=preset.conversations.working_set_tokens,
         systems=tuple(details(name, baseline, results.plays) for name in results.plays),
         restores=results.restores,

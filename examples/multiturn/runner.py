@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from threading import Thread
 from typing import NamedTuple
 
+import msgspec
 from tokenizers import Tokenizer
 
 from examples.common.processes import Process, say
+from examples.multiturn.duration import WARM_UP, fitting_rounds
 from examples.multiturn.figures import Played
-from examples.multiturn.load import Client, play
+from examples.multiturn.load import Client, import_generator, play
 from examples.multiturn.presets import Preset, Scenario
 from examples.multiturn.probe import Restore, restore
 from examples.multiturn.sessions import Speaker, schedule, speakers
 from examples.multiturn.systems import Setting, System
 from polarkv_sglang.errors import PolarError
 
-WARM_UP_PART = 4  # a quarter of a history
 CALIBRATIONS = 5
 ENOUGH_S = 4.0  # of calibrating
 PROBES = 3
@@ -42,6 +44,7 @@ class Rate(NamedTuple):
 class Results(NamedTuple):
     """What a run measured, by system."""
 
+    preset: Preset  # as played
     rate: Rate
     plays: dict[str, list[Played]]
     restores: dict[str, Restore]
@@ -74,6 +77,7 @@ class Runner:
         self._tokenizer = _tokenizer(setting.model)
         self._rate = None if preset.qps is None else Rate(preset.qps, None)  # None: not measured yet
         self._begun = time.monotonic()
+        self._start_s = 0.0  # of the servers that were started last
         self._plays: dict[str, list[Played]] = {system.name: [] for system in systems}
         self._last_sessions: dict[str, Sequence[Speaker]] = {}
         self._restores: dict[str, Restore] = {}
@@ -81,6 +85,7 @@ class Runner:
 
     def run(self) -> Results:
         """Raises PolarError; everything that was started has ended then, and when this returns."""
+        Thread(target=import_generator, daemon=True).start()  # while servers start
         if self._preset.at_once or all(system.name in self._urls for system in self._systems):
             with self._serving(self._systems) as urls:
                 for system in self._systems:
@@ -103,12 +108,26 @@ class Runner:
                         if repeat == self._repeats - 1:
                             asyncio.run(self._probe(system, urls[system.name]))
         assert self._rate is not None
-        return Results(self._rate, self._plays, self._restores)
+        return Results(self._preset, self._rate, self._plays, self._restores)
 
     def _outlasts(self, repeat_s: float) -> bool:
         """Whether another repeat, of so many seconds, would end after the preset's limit."""
         limit_s = self._preset.limit_s
         return limit_s is not None and time.monotonic() - self._begun + repeat_s > limit_s
+
+    def _fit_rounds(self, request_s: float) -> None:
+        talk = self._preset.conversations
+        rounds = fitting_rounds(
+            self._preset,
+            self._systems,
+            spent_s=time.monotonic() - self._begun,
+            start_s=self._start_s,
+            request_s=request_s,
+        )
+        if rounds < talk.rounds:
+            say(f"{rounds} of {talk.rounds} rounds fit in the time; --rounds plays more")
+        talk = msgspec.structs.replace(talk, rounds=rounds)
+        self._preset = msgspec.structs.replace(self._preset, conversations=talk)
 
     @contextmanager
     def _serving(self, systems: Sequence[System]) -> Iterator[dict[str, str]]:
@@ -120,9 +139,11 @@ class Runner:
         with ExitStack() as stack:
             helpers = [process for plan in plans.values() for process in plan.helpers]
             engines = [plan.engine for plan in plans.values()]
-            for processes in (helpers, engines):
-                stack.callback(_stop, processes)
+            began = time.monotonic()
+            for processes, end in ((helpers, Process.stop), (engines, Process.kill)):
+                stack.callback(_end, processes, end)
                 _start(processes)
+            self._start_s = time.monotonic() - began
             yield urls | {name: plan.url for name, plan in plans.items()}
 
     async def _warm_up(self, system: System, url: str) -> None:
@@ -130,7 +151,7 @@ class Runner:
         answer_tokens = self._preset.conversations.answer_tokens
         first, *whole = (speaker.ask() for speaker in self._speakers("warm-up", 1 + CALIBRATIONS))
         async with Client(url) as client:
-            await client.generate(first[: len(first) // WARM_UP_PART], 2, ignore_eos=True)
+            await client.generate(first[: int(len(first) * WARM_UP)], 2, ignore_eos=True)
             if self._rate is None:
                 seconds: list[float] = []
                 while len(seconds) < CALIBRATIONS and sum(seconds) < ENOUGH_S:
@@ -143,6 +164,7 @@ class Runner:
                 )
                 self._rate = Rate(self._preset.load / request_s, request_s)
                 say(describe_rate(self._rate, self._preset))
+                self._fit_rounds(request_s)
 
     async def _play(self, system: System, url: str, repeat: int) -> None:
         assert self._rate is not None
@@ -224,10 +246,10 @@ def _start(processes: Sequence[Process]) -> None:
         say(f"ready: {', '.join(process.name for process in processes)}")
 
 
-def _stop(processes: Sequence[Process]) -> None:
-    """All at once: each takes seconds to end."""
+def _end(processes: Sequence[Process], end: Callable[[Process], None]) -> None:
+    """All at once: each may take seconds to end."""
     with ThreadPoolExecutor() as pool:
-        list(pool.map(Process.stop, processes))
+        list(pool.map(end, processes))
 
 
 def _tokenizer(model: str) -> Tokenizer | None:

@@ -19,6 +19,7 @@ from examples.multiturn.figures import (
 )
 from examples.multiturn.goals import verdicts
 from examples.multiturn.load import Answer, Streamed
+from examples.multiturn.presets import Preset
 from examples.multiturn.probe import Restore
 from examples.multiturn.report import all_figures, draw, ratio, report, table, write
 from examples.multiturn.runner import Rate, Results
@@ -139,10 +140,10 @@ def test_a_spread_is_only_shown_where_there_is_one(measured, text):
 SLOW = Turn(ttft_s=3.0)
 
 
-def results(mine: Turn = Turn(ttft_s=1.0), **restores: Restore) -> Results:
+def results(mine: Turn = Turn(ttft_s=1.0), preset: Preset = GLM45.laptop, **restores: Restore) -> Results:
     later = (replace(SLOW, round=1, sent_s=4.0), replace(mine, round=1, sent_s=2.0))
     plays = {"radix": [played(SLOW, later[0])] * 2, "polarkv": [played(mine, later[1])] * 2}
-    return Results(Rate(0.5, 2.0), plays, restores)
+    return Results(preset, Rate(0.5, 2.0), plays, restores)
 
 
 def restored(ttft_s: float, l1_ttft_s: float = 1.0) -> Restore:
@@ -157,8 +158,8 @@ def restored(ttft_s: float, l1_ttft_s: float = 1.0) -> Restore:
 
 def test_json_has_one_object_a_system_with_the_promised_fields_and_no_other(tmp_path):
     found = results()
-    rows = all_figures(GLM45, GLM45.laptop, found)
-    whole = report(GLM45, GLM45.laptop, "model", found, ["goal"])
+    rows = all_figures(GLM45, found)
+    whole = report(GLM45, found, ["goal"])
     figures_file, details_file = write(rows, whole, tmp_path / "run.json")
     objects = json.loads(figures_file.read_text())
     assert [each["system"] for each in objects] == ["radix", "polarkv"]
@@ -175,14 +176,14 @@ def test_json_has_one_object_a_system_with_the_promised_fields_and_no_other(tmp_
 
 def test_a_figure_that_was_not_measured_is_null(tmp_path):
     found = results(Turn(failed=True))
-    rows = all_figures(GLM45, GLM45.laptop, found)
-    path, _ = write(rows, report(GLM45, GLM45.laptop, "model", found, []), tmp_path / "run.json")
+    rows = all_figures(GLM45, found)
+    path, _ = write(rows, report(GLM45, found, []), tmp_path / "run.json")
     assert json.loads(path.read_text())[1]["ttft_mean_s"] is None
 
 
 def test_the_table_has_a_line_per_system(tmp_path):
     found = results()
-    text = table(all_figures(GLM45, GLM45.laptop, found), report(GLM45, GLM45.laptop, "model", found, []))
+    text = table(all_figures(GLM45, found), report(GLM45, found, []))
     _, _, radix, polarkv = text.splitlines()
     assert radix.startswith("| radix cache only")
     assert "3.00x (3.00-3.00)" in polarkv
@@ -193,8 +194,8 @@ def test_the_table_has_a_line_per_system(tmp_path):
 def test_the_picture_is_a_png(tmp_path):
     found = results()
     draw(
-        all_figures(GLM45, GLM45.laptop, found),
-        report(GLM45, GLM45.laptop, "model", found, []),
+        all_figures(GLM45, found),
+        report(GLM45, found, []),
         tmp_path / "run.png",
     )
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
@@ -204,17 +205,17 @@ def test_the_picture_is_a_png(tmp_path):
 
 
 def test_goals_of_glm45_are_judged_by_mean_ttft():
-    reached = verdicts(GLM45, GLM45.laptop, results(Turn(ttft_s=1.0)))
+    reached = verdicts(GLM45, results(Turn(ttft_s=1.0)))
     assert [verdict.reached for verdict in reached] == [True, True]
-    missed = verdicts(GLM45, GLM45.laptop, results(Turn(ttft_s=2.0)))
+    missed = verdicts(GLM45, results(Turn(ttft_s=2.0)))
     assert [verdict.reached for verdict in missed] == [False, True]
-    behind = verdicts(GLM45, GLM45.laptop, results(Turn(ttft_s=3.5)))
+    behind = verdicts(GLM45, results(Turn(ttft_s=3.5)))
     assert [verdict.reached for verdict in behind] == [False, False]
 
 
 def test_a_missed_goal_shows_the_measured_bound():
     found = results(Turn(ttft_s=2.0), polarkv=restored(1.5, l1_ttft_s=0.5))
-    line = verdicts(GLM45, GLM45.laptop, found)[0].line()
+    line = verdicts(GLM45, found)[0].line()
     assert line.startswith("NOT REACHED")
     # The first round at 2 s, all others at 0.5: 1.25 s in the mean, where the baseline has 3.
     assert "2.40x" in line
@@ -222,19 +223,19 @@ def test_a_missed_goal_shows_the_measured_bound():
 
 def test_goals_of_the_chatbot_are_judged_by_rate_and_by_what_l3_restores():
     others = {"hicache-file": restored(1.3)}
-    reached = verdicts(CHATBOT, CHATBOT.laptop, results(polarkv=restored(1.1), **others))
+    reached = verdicts(CHATBOT, results(preset=CHATBOT.laptop, polarkv=restored(1.1), **others))
     assert [verdict.reached for verdict in reached] == [True, True, True]
-    missed = verdicts(CHATBOT, CHATBOT.laptop, results(Turn(ttft_s=2.5), polarkv=restored(1.4), **others))
+    missed = verdicts(CHATBOT, results(Turn(ttft_s=2.5), CHATBOT.laptop, polarkv=restored(1.4), **others))
     assert [verdict.reached for verdict in missed] == [False, False, False]
     assert "memcpy" in missed[1].line()
 
 
 def test_what_l3_restores_is_judged_in_the_mode_that_restores_faster():
     both = {"polarkv": restored(1.4), "polarkv-direct": restored(1.1), "hicache-file": restored(1.3)}
-    verdict = verdicts(CHATBOT, CHATBOT.laptop, results(**both))[1]
+    verdict = verdicts(CHATBOT, results(preset=CHATBOT.laptop, **both))[1]
     assert verdict.reached
     assert "direct" in verdict.measured
 
 
 def test_a_published_run_has_no_laptop_goals():
-    assert verdicts(GLM45, GLM45.published, results()) == []
+    assert verdicts(GLM45, results(preset=GLM45.published)) == []

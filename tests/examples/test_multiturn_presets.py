@@ -8,6 +8,7 @@ from statistics import fmean
 import msgspec
 import pytest
 
+from examples.common import tiny_models
 from examples.multiturn.presets import Conversations, from_gigabytes, scaled
 from examples.multiturn.scenarios import CHATBOT, CODER, GLM45
 from examples.multiturn.sessions import schedule, speakers
@@ -52,6 +53,11 @@ def test_the_laptop_glm45_has_the_published_pages_rounds_and_proportions():
     assert laptop.conversations.rounds == published.conversations.rounds
     pages = [-(-each.conversations.history_tokens // each.page_tokens) for each in (published, laptop)]
     assert pages == [157, 157]
+
+
+@pytest.mark.parametrize("scenario", [GLM45, CODER], ids=lambda scenario: scenario.name)
+def test_random_tokens_are_of_the_tiny_models_vocabulary(scenario):
+    assert scenario.laptop.conversations.vocabulary == tiny_models.VOCAB_SIZE
 
 
 @each_scenario
