@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from sglang.srt.managers.cache_controller import LayerDoneCounter
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from polarkv_sglang.blend import blender, forward
-from polarkv_sglang.blend.offline import OfflineModel
-from tests.blend.fixtures import ASKED, HEAD, ONE, QUESTION, SEEN, TWO, load
-from tests.blend.scheduler import Scheduler, Served, scheduling
+from tests.blend.fixtures import ASKED, HEAD, ONE, QUESTION, SEEN, TWO
+from tests.blend.scheduler import Scheduler, Served
 from tests.engine.servers import prompt
 
 sparse_query_attention = forward.sparse_query_attention
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
-    return load("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def scheduler(model: OfflineModel) -> Iterator[Scheduler]:
-    with scheduling(model) as running:
-        yield running
 
 
 def assert_same_answer(served: Served, expected: Served, within: float = 1e-5) -> None:

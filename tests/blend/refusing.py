@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import msgspec
@@ -17,19 +16,8 @@ from polarkv_sglang.blend.model import _OFF, Unsupported, inspect_model
 from polarkv_sglang.blend.offline import OfflineModel
 from polarkv_sglang.blend.stages import Stage
 from polarkv_sglang.blend.start import start_blending
-from tests.blend.fixtures import ASKED, REUSED, SEEN, load
+from tests.blend.fixtures import ASKED, REUSED, SEEN
 from tests.blend.scheduler import CONFIG, Scheduler, scheduling
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
-    return load("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def scheduler(model: OfflineModel) -> Iterator[Scheduler]:
-    with scheduling(model) as running:
-        yield running
 
 
 def otherwise(off: object) -> object:

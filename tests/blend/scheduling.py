@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,24 +15,12 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from polarkv_sglang.blend.matches import MOST_MATCHES
-from polarkv_sglang.blend.offline import OfflineModel
 from polarkv_sglang.blend.options import Wish
 from polarkv_sglang.blend.start import start_blending
 from polarkv_sglang.cli import main
-from tests.blend.fixtures import ASKED, ONE, QUESTION, RATIOS, REUSED, SEEN, TAIL, load
-from tests.blend.scheduler import CONFIG, Scheduler, scheduling
+from tests.blend.fixtures import ASKED, ONE, QUESTION, RATIOS, REUSED, SEEN, TAIL
+from tests.blend.scheduler import CONFIG, Scheduler
 from tests.engine.servers import prompt
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
-    return load("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def scheduler(model: OfflineModel) -> Iterator[Scheduler]:
-    with scheduling(model) as running:
-        yield running
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 128])

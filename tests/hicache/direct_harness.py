@@ -23,7 +23,10 @@ from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.hicache.linker import PolarLinker
 from polarkv_sglang.radix import SpillPolicy
 from polarkv_sglang.radix.direct import DirectRadixCache
+from tests.faults.nodes import FaultyNode
 from tests.radix.harness import Engine
+
+DEADLINE_S = 0.5
 
 
 def _nothing() -> None:
@@ -170,3 +173,34 @@ def a_direct_engine(config: PolarConfig, **settings: object) -> Iterator[DirectE
         yield engine
     finally:
         engine.close()
+
+
+def direct_settings(*nodes: FaultyNode, **more: object) -> PolarConfig:
+    """Of direct mode with these nodes."""
+    addresses = tuple(node.address for node in nodes)
+    return PolarConfig(nodes=addresses, mode="direct", deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
+
+
+def wait_for_no_lease(node: FaultyNode) -> None:
+    node.wait_until(lambda now: now.leases == 0, "no lease is left")
+
+
+def abort_queued(engine: DirectEngine, tokens: list[int]) -> None:
+    """A request that is found in the pool, has its load queued, and is aborted before its batch starts."""
+    request = engine.queued(tokens)
+    found = engine.cache.match_prefix(MatchPrefixParams(key=engine._key(tokens, None, None), req=request))
+    request.last_node = found.last_device_node
+    if found.host_hit_length:
+        lock = engine.cache.lock(found.best_match_node) if found.device_prefix_len else None
+        engine.cache.init_load_back(
+            InitLoadBackParams(
+                best_match_node=found.best_match_node, host_hit_length=found.host_hit_length, req=request
+            )
+        )
+        slots = engine.cache.linker.private_load_indices.get(request.rid, torch.empty(0))
+        engine.cache.release_aborted_request(request.cache_request_handle)
+        if len(slots):
+            engine.allocator.free(slots)
+        engine.cache.unlock(lock)
+    else:
+        engine.cache.release_aborted_request(request.cache_request_handle)

@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.errors import TransportError
-from polarkv_sglang.hicache import groups, linker, lookups
+from polarkv_sglang.hicache import groups, linker
 from polarkv_sglang.hicache.staging import Staged, Way
-from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.kernels.checksum import checksum_blocks
-from polarkv_sglang.pool.blocks import Chain
 from polarkv_sglang.pool.client import PoolClient
-from polarkv_sglang.pool.finder import Kept
 from tests.faults.nodes import FaultyNode
-from tests.hicache.direct_harness import DirectEngine, a_direct_engine
+from tests.hicache.direct_harness import (
+    a_direct_engine,
+    abort_queued,
+    direct_settings,
+    wait_for_no_lease,
+)
 from tests.radix.harness import LAYERS, an_engine, prompt
 
-DEADLINE_S = 0.5
 IN_PLACE = Way(True, False, "a test")
 STAGED = Way(False, False, "a test")
 ON_DEVICE = Way(False, True, "a test")  # which here is the CPU
 MODELS = [pytest.param(False, id="mha"), pytest.param(True, id="mla", marks=pytest.mark.slow)]
 
 
-@pytest.fixture
-def node() -> Iterator[FaultyNode]:
-    with FaultyNode("64MiB").start() as running:
-        yield running
-
-
 @pytest.fixture(params=["mapped", pytest.param("tcp", marks=pytest.mark.slow)])
 def config(node: FaultyNode, request: pytest.FixtureRequest) -> PolarConfig:
     """Against a node whose slab is mapped, and one that puts what is read."""
-    return settings(node, ucx_tls="tcp" if request.param == "tcp" else None)
-
-
-def settings(*nodes: FaultyNode, **more: object) -> PolarConfig:
-    addresses = tuple(node.address for node in nodes)
-    return PolarConfig(nodes=addresses, mode="direct", deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
+    return direct_settings(node, ucx_tls="tcp" if request.param == "tcp" else None)
 
 
 @pytest.mark.parametrize(("mla", "core"), [(False, "rust"), (True, "python")], ids=["mha", "mla"])
@@ -64,7 +51,7 @@ def test_a_prefix_in_l1_is_continued_from_the_pool(node: FaultyNode) -> None:
     """With two nodes and short stripes, so that a block that is looked for in the wrong place is missed."""
     with (
         FaultyNode("64MiB").start() as other,
-        a_direct_engine(settings(node, other, stripe_pages=2)) as engine,
+        a_direct_engine(direct_settings(node, other, stripe_pages=2)) as engine,
     ):
         engine.serve(prompt(1, 400))
         engine.forget()
@@ -81,7 +68,7 @@ def test_engines_of_both_modes_read_what_the_other_wrote(node: FaultyNode, mla: 
     with an_engine(hicache, mla=mla) as engine:
         engine.serve(prompt(1, 256))
         engine.settle()
-    with a_direct_engine(settings(node), mla=mla) as engine:
+    with a_direct_engine(direct_settings(node), mla=mla) as engine:
         assert engine.serve(prompt(1, 256)) == (0, 0, 256)
         engine.serve(prompt(2, 256))
         engine.settle()
@@ -156,7 +143,7 @@ def test_layers_arrive_one_after_another(
 def test_a_pass_that_does_not_wait_for_its_layers_is_computed_again(
     node: FaultyNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         engine.serve(prompt(1, 256))
         engine.forget()
         # As SGLang does for passes that it does not tell which layers to wait for.
@@ -171,7 +158,7 @@ def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_reques
 ) -> None:
     """And the next loads are checked first: a node with bad memory must not have pass after pass dropped."""
     monkeypatch.setattr(linker, "_BATCHES_OF_DOUBT", 2)
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         engine.serve(prompt(1, 256))
         engine.forget()
         beside = engine.request(prompt(2, 32))
@@ -236,7 +223,7 @@ def test_a_load_that_is_late_in_its_middle_is_computed(
 ) -> None:
     """The node is frozen when the first layer of some megabytes has come."""
     monkeypatch.setattr(groups, "_LEAST_S", 0.0)
-    with a_direct_engine(settings(node, ucx_tls="tcp"), l1_tokens=5120, dtype=torch.float32) as engine:
+    with a_direct_engine(direct_settings(node, ucx_tls="tcp"), l1_tokens=5120, dtype=torch.float32) as engine:
         engine.serve(prompt(1, 4800))
         engine.forget()
         counter, arrived = engine.linker.layer_done_counter, []
@@ -256,181 +243,8 @@ def test_a_load_that_is_late_in_its_middle_is_computed(
         engine.check_integrity()
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kept"),
-    [
-        pytest.param(256, True, id="kept"),
-        pytest.param(4800, False, id="more than a node keeps", marks=pytest.mark.slow),
-    ],
-)
-def test_what_a_lookup_found_stays_until_it_is_loaded(tokens: int, kept: bool) -> None:
-    with (
-        FaultyNode("16MiB").start() as node,
-        a_direct_engine(settings(node), l1_tokens=5120) as engine,
-        a_direct_engine(settings(node), l1_tokens=2048) as others,
-    ):
-        engine.serve(prompt(1, tokens))
-        engine.forget()
-
-        def evict() -> None:
-            assert node.statistics().leases == kept
-            for number in range(2, 12):
-                others.serve(prompt(number, 1024))
-                others.settle()
-            assert node.statistics().evictions_total > 0
-
-        served = engine.serve(prompt(1, tokens), before_load=evict)
-        if kept:
-            assert served == (0, 0, tokens)
-        assert engine.recomputed == (0 if kept else 1)
-        engine.check_integrity()
-        wait_for_no_lease(node)
-
-
-def wait_for_no_lease(node: FaultyNode) -> None:
-    node.wait_until(lambda now: now.leases == 0, "no lease is left")
-
-
-def test_a_request_in_the_queue_keeps_what_it_will_load_until_it_leaves(
-    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lookups, "LEASE_S", 1.0)
-    monkeypatch.setattr(lookups, "_RENEW_S", 0.2)
-    with a_direct_engine(settings(node)) as engine:
-        engine.serve(prompt(1, 256))
-        engine.serve(prompt(2, 256))
-        engine.forget()
-        # The last token is computed whatever is cached.
-        aborted, gone = (engine.request([*prompt(number, 256), 7]) for number in (1, 2))
-        engine.look_up(aborted, gone)
-        assert node.statistics().leases == 2
-        assert node.statistics().leased_bytes == node.statistics().used_bytes
-        # Longer than a lease, and never without a new lookup to make.
-        flood, end = engine.linker.lookups, time.monotonic() + 2.5
-        digest = engine.linker._names.digest()
-        assert digest is not None
-        while time.monotonic() < end:
-            while flood._work.qsize() < 100:
-                key = random.randbytes(16)
-                flood.begin(key.hex(), digest, [key.hex()], Chain([key], [NO_PARENT], [key]))
-            time.sleep(1e-3)
-        now = node.statistics()
-        assert (now.leases, now.expired_leases_total) == (2, 0)
-        engine.cache.release_aborted_request(aborted.cache_request_handle)
-        node.wait_until(lambda now: now.leases == 1, "the lease of the aborted request is released")
-        # Whatever else takes a request from the queue.
-        assert engine.cache.look_up([]) == []
-        wait_for_no_lease(node)
-
-
-def test_a_load_that_is_queued_and_cancelled_keeps_nothing(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
-        engine.serve(prompt(1, 256))
-        engine.forget()
-        abort_queued(engine, prompt(1, 256))
-        wait_for_no_lease(node)
-        engine.check_integrity()
-
-
-def test_the_scheduler_does_not_wait_for_a_node_that_does_not_answer(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
-        engine.serve(prompt(1, 256))
-        engine.forget()
-        node.freeze()
-        waiting = engine.request([*prompt(1, 256), 7])
-        assert engine.cache.look_up([waiting]) == [waiting], "the answer cannot have come"
-        passes = 1
-        while engine.cache.look_up([waiting]):
-            passes += 1
-        assert passes > 2
-        assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 0
-        node.thaw()
-
-
-def test_requests_wait_for_slow_answers_no_longer_than_a_deadline(
-    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pool is asked for one after another; ten would take six deadlines."""
-    hold = PoolClient.hold
-
-    def hold_slowly(client: PoolClient, chain: Chain, lease_s: float) -> Kept:
-        time.sleep(0.6 * DEADLINE_S)
-        return hold(client, chain, lease_s)
-
-    monkeypatch.setattr(PoolClient, "hold", hold_slowly)
-    with a_direct_engine(settings(node)) as engine:
-        waiting = [engine.request([*prompt(number, 256), 7]) for number in range(10)]
-        engine.look_up(*waiting)
-        last = engine.linker.lookups.find(waiting[-1].rid)
-        assert last is not None
-        assert not last.done, "it waited for an answer that took longer"
-        assert engine.cache.match_prefix(engine.match_of(waiting[-1])).host_hit_length == 0
-        assert engine.cache.look_up([]) == []
-        wait_for_no_lease(node)
-
-
-@pytest.mark.parametrize("core", ["rust", pytest.param("python", marks=pytest.mark.slow)])
-def test_a_request_that_loses_its_prefix_in_l1_waits_for_what_the_pool_has_of_it(
-    node: FaultyNode, core: str
-) -> None:
-    with a_direct_engine(settings(node), core=core) as engine:
-        tokens = prompt(1, 256)
-        engine.serve(tokens)
-        engine.forget()
-        engine.serve(tokens[:128])
-        engine.settle()
-        waiting = engine.request([*tokens, 7])
-        engine.look_up(waiting)
-        before = engine.linker.lookups.find(waiting.rid)
-        engine.cache.evict_for_alloc(EvictParams(num_tokens=128))
-        node.freeze()
-        assert engine.cache.look_up([waiting]) == [waiting], "the answer cannot have come"
-        asked = engine.linker.lookups.find(waiting.rid)
-        assert asked is not before
-        engine.cache.look_up([waiting])
-        assert engine.linker.lookups.find(waiting.rid) is asked, "it is asked for once"
-        node.thaw()
-        engine.look_up(waiting)
-        assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 256
-        assert engine.cache.look_up([]) == []
-        wait_for_no_lease(node)
-
-
-def test_a_pass_does_not_wait_for_requests_whose_prefix_it_has_evicted(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
-        prompts = [prompt(number, 256) for number in (1, 2)]
-        for tokens in prompts:
-            engine.serve(tokens)
-        engine.forget()
-        for tokens in prompts:
-            engine.serve(tokens[:128])
-        engine.settle()
-        waiting = [engine.request([*tokens, 7]) for tokens in prompts]
-        engine.look_up(*waiting)
-        assert engine.cache.look_up(waiting) == [], "a scheduling pass begins"
-        engine.cache.evict_for_alloc(EvictParams(num_tokens=256))
-        node.freeze()
-        for request in waiting:
-            assert engine.cache.match_prefix(engine.match_of(request)).host_hit_length == 0
-        asked = [engine.linker.lookups.find(request.rid) for request in waiting]
-        assert not any(each is None or each.done for each in asked), "it waited for the node"
-        node.thaw()
-
-
-def test_requests_that_wait_across_a_flush_are_looked_up_again(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
-        engine.serve(prompt(1, 256))
-        engine.forget()
-        waiting = engine.queued(prompt(1, 256))
-        engine.forget()
-        assert engine.linker.lookups.find(waiting.rid) is None
-        engine.look_up(waiting)
-        assert engine.linker.lookups.find(waiting.rid) is not None
-        assert engine.cache.match_prefix(engine.match_of(waiting)).host_hit_length == 256
-
-
 def test_a_load_of_other_pages_than_were_found_is_refused(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         hashes = [f"{number:064x}" for number in range(4)]
         slots = torch.arange(4 * engine.cache.page_size)
         for wrong in ([*hashes[:3], "f" * 64], [*hashes, "f" * 64]):
@@ -450,7 +264,7 @@ def test_a_gpu_whose_memory_ucx_refuses_is_staged_through_the_host(
         register(client, address, length, cuda=cuda)
 
     monkeypatch.setattr(PoolClient, "register", refuse)
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         for each in (engine.linker._loader._passage, engine.linker._out):
             assert isinstance(each, Staged)
             assert each._checksums is None, "that is for memory that the processor cannot read"
@@ -460,7 +274,7 @@ def test_a_gpu_whose_memory_ucx_refuses_is_staged_through_the_host(
 
 
 def test_checksums_of_staged_blocks_are_those_of_their_rows(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         staged = Staged(engine.linker._pool, engine.runtime.client, on_device=True)
         staged._device.random_(0, 256)
         of_all = checksum_blocks(staged._device)
@@ -478,15 +292,13 @@ def flip_a_byte(node: FaultyNode, block: int) -> None:
 
 
 def test_a_request_whose_loads_fail_twice_is_computed_without_the_pool(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         engine.serve(prompt(1, 256))
         engine.forget()
-        request = engine.request(prompt(1, 256))
+        request = engine.queued(prompt(1, 256))
+        assert engine.cache.match_prefix(engine.match_of(request)).host_hit_length == 256
         engine.cache.linker.failures[request] = 2
-        key = engine._key(prompt(1, 256), None, None)
-        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-
-        assert engine.cache.match_prefix(MatchPrefixParams(key=key, req=request)).host_hit_length == 0
+        assert engine.cache.match_prefix(engine.match_of(request)).host_hit_length == 0
 
 
 def test_a_load_that_breaks_down_ends_and_its_pass_is_dropped(
@@ -494,7 +306,7 @@ def test_a_load_that_breaks_down_ends_and_its_pass_is_dropped(
 ) -> None:
     """Into slots that L1 does not have, which can be neither written nor zeroed."""
     choose(STAGED, monkeypatch)
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         loads = engine.linker
         hashes = [f"{number:064x}" for number in range(4)]
         loads.lookup("a", [PoolTransfer(PoolName.KV, keys=hashes)])
@@ -511,7 +323,7 @@ def test_a_load_that_breaks_down_ends_and_its_pass_is_dropped(
 
 
 def test_nothing_of_other_weights_is_served_or_stored(node: FaultyNode) -> None:
-    with a_direct_engine(settings(node)) as engine:
+    with a_direct_engine(direct_settings(node)) as engine:
         guard = engine.runtime.weights
         engine.serve(prompt(1, 256))
         guard.suspend()
@@ -532,7 +344,7 @@ def test_nothing_of_other_weights_is_served_or_stored(node: FaultyNode) -> None:
 def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode) -> None:
     """Random prefixes, aborts before the load, lost and broken blocks."""
     draw = random.Random(1)
-    with a_direct_engine(settings(node, ucx_tls="tcp"), l1_tokens=1024) as engine:
+    with a_direct_engine(direct_settings(node, ucx_tls="tcp"), l1_tokens=1024) as engine:
         from_pool = 0
         for step in range(150):
             tokens = prompt(draw.randrange(6), 16 * draw.randrange(1, 30))
@@ -549,26 +361,3 @@ def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode) -> None:
         assert engine.recomputed > 0
         engine.check_integrity()
         wait_for_no_lease(node)
-
-
-def abort_queued(engine: DirectEngine, tokens: list[int]) -> None:
-    """A request that is found in the pool, has its load queued, and is aborted before its batch starts."""
-    from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams
-
-    request = engine.queued(tokens)
-    found = engine.cache.match_prefix(MatchPrefixParams(key=engine._key(tokens, None, None), req=request))
-    request.last_node = found.last_device_node
-    if found.host_hit_length:
-        lock = engine.cache.lock(found.best_match_node) if found.device_prefix_len else None
-        engine.cache.init_load_back(
-            InitLoadBackParams(
-                best_match_node=found.best_match_node, host_hit_length=found.host_hit_length, req=request
-            )
-        )
-        slots = engine.cache.linker.private_load_indices.get(request.rid, torch.empty(0))
-        engine.cache.release_aborted_request(request.cache_request_handle)
-        if len(slots):
-            engine.allocator.free(slots)
-        engine.cache.unlock(lock)
-    else:
-        engine.cache.release_aborted_request(request.cache_request_handle)
