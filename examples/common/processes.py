@@ -119,12 +119,18 @@ class Process:
         child.wait()
 
     def kill(self) -> None:
-        """SIGKILL to its whole group, as a crash would end it; returns when the child is gone."""
+        """SIGKILL to its whole group, as a crash would end it; returns when all of it is gone."""
         child, self._child = self._child, None
-        if child is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        if child is None:
+            return
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(child.pid, 0)
+                time.sleep(0.02)
 
     def tail(self, lines: int = 30) -> str:
         """The end of its log."""
@@ -157,7 +163,7 @@ def engine(
     environment: Mapping[str, str] | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> Process:
-    """An SGLang server; ready when it has answered its own first request."""
+    """An SGLang server; ready when it says so: after its own first request, unless that is skipped."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     return Process(name, command, lambda: _is_healthy(port), log, environment, start_timeout_s)

@@ -127,7 +127,7 @@ def _adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
         conversations=talk,
         repeats=_at_least_one("repeats", preset.repeats if args.repeats is None else args.repeats),
         limit_s=preset.limit_s if args.repeats is None else None,
-        min_rounds=preset.min_rounds if args.rounds is None else None,
+        min_rounds=preset.min_rounds if _may_be_cut(args) else None,
         tp=_at_least_one("tp", preset.tp if args.tp is None else args.tp),
         model=preset.model if args.model is None else args.model,
     )
@@ -137,6 +137,14 @@ def _adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
             raise ConfigError(f"--qps {args.qps} is not above 0")
         preset = msgspec.structs.replace(preset, qps=args.qps, load=0.0)
     return preset
+
+
+def _may_be_cut(args: argparse.Namespace) -> bool:
+    """Whether fewer rounds may be played than the preset has: nobody asked for a size of the run.
+
+    Nor are there servers that run already, whose start would be reckoned wrongly.
+    """
+    return args.rounds is None and args.repeats is None and not args.base_url
 
 
 def _at_least_one(name: str, value: int) -> int:
@@ -189,7 +197,7 @@ def _parser(scenario: Scenario) -> argparse.ArgumentParser:
     option(
         "--repeats",
         type=int,
-        help="of all turns on every system; default: as many as the preset has time for",
+        help="of all turns on every system; default: the preset's, fewer where there is no time",
     )
     option("--base-url", action="append", default=[], metavar="SYSTEM=URL", help="a server that runs already")
     option("--model", help="path or name of the model")
@@ -203,8 +211,8 @@ def _parser(scenario: Scenario) -> argparse.ArgumentParser:
     )
     option("--engine-flags", default="", metavar="FLAGS", help="more flags for every SGLang server, quoted")
     option("--sessions", type=int, help="conversations")
-    option("--rounds", type=int, help="turns of each; default: as many as the preset has time for")
-    option("--qps", type=float, help="requests a second that arrive")
+    option("--rounds", type=int, help="turns of each; default: the preset's, fewer where there is no time")
+    option("--qps", type=float, help="requests a second that arrive; all rounds are played then")
     option("--seed", type=int, default=1, help="of arrivals and of random text")
     option("--mooncake-python", type=Path, help="Python interpreter that has Mooncake; default: this one")
     option("--mooncake-protocol", default="tcp", help="tcp or rdma; default: %(default)s")

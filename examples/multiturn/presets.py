@@ -104,7 +104,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     tp: int = 1
     repeats: int
     # Seconds that a run should take at most. Where servers run at once, no repeat but the first is begun that
-    # would end later; where they run one after another, fewer rounds are played, but not below min_rounds.
+    # would end later; where they run one after another, fewer rounds are played, but not below min_rounds
+    # (None: all of them).
     limit_s: float | None = None
     min_rounds: int | None = None
     at_once: bool  # whether the servers of all systems fit on the machine together

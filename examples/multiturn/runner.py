@@ -1,4 +1,4 @@
-"""Runs a scenario: starts the systems, plays the same turns on each in turn, and stops them again."""
+"""Runs a scenario: starts the systems, plays the same turns on each in turn, and ends them again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from threading import Thread
 from typing import NamedTuple
 
 import msgspec
@@ -85,7 +84,6 @@ class Runner:
 
     def run(self) -> Results:
         """Raises PolarError; everything that was started has ended then, and when this returns."""
-        Thread(target=import_generator, daemon=True).start()  # while servers start
         if self._preset.at_once or all(system.name in self._urls for system in self._systems):
             with self._serving(self._systems) as urls:
                 for system in self._systems:
@@ -116,17 +114,24 @@ class Runner:
         return limit_s is not None and time.monotonic() - self._begun + repeat_s > limit_s
 
     def _fit_rounds(self, request_s: float) -> None:
-        talk = self._preset.conversations
-        rounds = fitting_rounds(
+        """Play fewer rounds from here on if the preset's would outlast its limit."""
+        talk, fewest = self._preset.conversations, self._preset.min_rounds
+        if fewest is None:
+            return
+        fitting = fitting_rounds(
             self._preset,
             self._systems,
             spent_s=time.monotonic() - self._begun,
             start_s=self._start_s,
             request_s=request_s,
         )
-        if rounds < talk.rounds:
-            say(f"{rounds} of {talk.rounds} rounds fit in the time; --rounds plays more")
-        talk = msgspec.structs.replace(talk, rounds=rounds)
+        if fitting >= talk.rounds:
+            return
+        if fitting >= fewest:
+            say(f"{fitting} of {talk.rounds} rounds fit in the time; --rounds plays more")
+        else:
+            say(f"{fewest} of {talk.rounds} rounds, the fewest: this will take longer than it should")
+        talk = msgspec.structs.replace(talk, rounds=max(fitting, fewest))
         self._preset = msgspec.structs.replace(self._preset, conversations=talk)
 
     @contextmanager
@@ -137,13 +142,16 @@ class Runner:
             system.name: system.plan(self._setting) for system in systems if system.name not in self._urls
         }
         with ExitStack() as stack:
+            importing = stack.enter_context(ThreadPoolExecutor(1)).submit(import_generator)
             helpers = [process for plan in plans.values() for process in plan.helpers]
             engines = [plan.engine for plan in plans.values()]
             began = time.monotonic()
+            # An engine takes some seconds to stop, and has nothing to leave behind.
             for processes, end in ((helpers, Process.stop), (engines, Process.kill)):
                 stack.callback(_end, processes, end)
                 _start(processes)
             self._start_s = time.monotonic() - began
+            importing.result()
             yield urls | {name: plan.url for name, plan in plans.items()}
 
     async def _warm_up(self, system: System, url: str) -> None:

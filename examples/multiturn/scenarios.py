@@ -26,7 +26,7 @@ from examples.multiturn.presets import (
 _FLOAT32: Final = ("--dtype", "float32")
 _FLOAT_BYTES: Final = 4
 _TINY_VOCABULARY: Final = 512  # of a tiny model
-_LAPTOP_S: Final = 560.0  # of the ten minutes that a laptop run may take, less what follows the last repeat
+_LAPTOP_S: Final = 560.0  # of the ten minutes that a laptop run may take; the rest is not reckoned
 
 
 def _token_bytes(layers: int, kv_heads: int, head_dim: int, value_bytes: int) -> int:
@@ -159,6 +159,7 @@ CHATBOT: Final = Scenario(
         limit_s=_LAPTOP_S,
         min_rounds=2,
         at_once=False,
+        # Each server gets a request of ours before it is measured.
         engine_flags=(*_FLOAT32, "--skip-server-warmup"),
         ignore_eos=False,
     ),

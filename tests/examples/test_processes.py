@@ -39,6 +39,8 @@ def test_the_child_ends_with_its_children(tmp_path, end):
     grandchild = int(marker.read_text())
     assert is_running(grandchild)
     end(process)
+    if end is Process.kill:
+        assert not is_running(grandchild), "it has returned before all was gone"
     deadline = time.monotonic() + 10
     while is_running(grandchild) and time.monotonic() < deadline:
         time.sleep(0.05)
