@@ -130,7 +130,7 @@ class Runner:
         if fitting >= fewest:
             say(f"{fitting} of {talk.rounds} rounds fit in the time; --rounds plays more")
         else:
-            say(f"{fewest} of {talk.rounds} rounds, the fewest: this will take longer than it should")
+            say(f"{fewest} of {talk.rounds} rounds, the fewest: this may take longer than it should")
         talk = msgspec.structs.replace(talk, rounds=max(fitting, fewest))
         self._preset = msgspec.structs.replace(self._preset, conversations=talk)
 
