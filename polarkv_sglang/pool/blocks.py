@@ -55,7 +55,7 @@ class Stages(NamedTuple):
 
     columns: Sequence[
         Sequence[slice]
-    ]  # of each part, the pieces of a block that it has; together all of them
+    ]  # of each part, the pieces of a block that it has, from start to stop; together all of them
     on_arrival: Callable[[int], None]  # called with a part's number once it has come, before it is checked
 
 

@@ -19,7 +19,7 @@ from polarkv_sglang.pool.parts import pull_parts
 from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.pool.requests import Requests, Route, Streamed
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
-from polarkv_sglang.transport import DRAIN_S, Direction, Library, checksums
+from polarkv_sglang.transport import CHUNK_BYTES, DRAIN_S, Direction, Library, checksums, checksums_from
 from polarkv_sglang.transport.columns import pack_u64, seal, unpack_u64
 from polarkv_sglang.transport.messages import (
     Fetch,
@@ -242,11 +242,18 @@ class Reader:
         return done
 
     def _take_stages(self, pieces: Pieces, parts: list[Part], deadline: float, stages: Stages) -> Moved:
-        """Get blocks stage by stage; their checksums, which are those of whole blocks, come at the end."""
+        """Get blocks stage by stage; their checksums, which are those of whole blocks, come at the end.
+
+        Where no chunk lies in two pieces, each is digested as it comes, and the bytes are not read again.
+        """
         arrived = np.ones(len(pieces.addresses), bool)
+        chunks, rest = divmod(pieces.piece_bytes, CHUNK_BYTES)
+        digested = pieces.checksums is None and rest == 0
+        digests = np.empty((len(arrived), pieces.addresses.shape[1] * chunks if digested else 0), np.uint64)
         for number, columns in enumerate(stages.columns):
             for run in columns:
-                start = np.uint64((run.start or 0) * pieces.piece_bytes)
+                start = np.uint64(run.start * pieces.piece_bytes)
+                its_chunks = slice(run.start * chunks, run.stop * chunks)
                 moved = move(
                     self._lane,
                     Direction.GET,
@@ -255,12 +262,15 @@ class Reader:
                     [part._replace(addresses=part.addresses + start) for part in parts],
                     deadline,
                     self._requests,
-                    digest=False,
+                    digest=digested,
+                    digests=digests[:, its_chunks] if digested else None,
                 )
                 arrived &= moved.arrived
             if not arrived.all():  # what the rest of these blocks is, nobody asks any more
                 return Moved(np.zeros_like(arrived), np.zeros(len(arrived), np.uint64))
             stages.on_arrival(number)
+        if digested:
+            return Moved(arrived, checksums_from(digests))
         return Moved(arrived, self._checksums(pieces, np.arange(len(arrived))))
 
     def _checksums(self, pieces: Pieces, blocks: Blocks) -> npt.NDArray[np.uint64]:

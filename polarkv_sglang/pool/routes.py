@@ -75,10 +75,12 @@ def move(
     requests: Requests,
     *,
     digest: bool = True,
+    digests: npt.NDArray[np.uint64] | None = None,
 ) -> Moved:
     """Move blocks between ``pieces`` and memory nodes by ``deadline``; links that fail are given up.
 
-    Without ``digest`` there are no checksums.
+    Without ``digest`` there are no checksums; ``digests`` ([chain, chunks of a block]) receives those of the
+    chunks that have come, where the processor can read ``pieces``.
     """
     moved = Moved(np.zeros(len(pieces.addresses), bool), np.zeros(len(pieces.addresses), np.uint64))
     # A link may have been given up since it answered.
@@ -87,6 +89,8 @@ def move(
     if not parts or lane.worker is None:
         return moved
     blocks = np.concatenate([part.blocks for part in parts])
+    by_processor = pieces.checksums is None
+    chunks = None if digests is None else np.empty((len(blocks), digests.shape[1]), np.uint64)
     try:
         done = lane.worker.transfer(
             direction,
@@ -97,8 +101,9 @@ def move(
             pieces.piece_bytes,
             memory.regions.memories,
             max(0.0, deadline - time.monotonic()),
-            digest=digest and pieces.checksums is None,
-            iov=pieces.checksums is None,
+            digest=digest and by_processor,
+            digests=chunks,
+            iov=by_processor,
         )
     except TransportError:
         if not lane.worker.statistics().poisoned:
@@ -106,6 +111,8 @@ def move(
         requests.replace_worker(lane)
         return moved
     moved.arrived[blocks] = done.status == 0
+    if digests is not None and chunks is not None:
+        digests[blocks] = chunks
     computed = pieces.checksums(blocks) if digest and pieces.checksums is not None else done.checksums
     moved.checksums[blocks] = computed
     for part in parts:

@@ -14,6 +14,7 @@ from polarkv_sglang.transport.shared import (
     share,
 )
 from polarkv_sglang.transport.worker import (
+    CHUNK_BYTES,
     DRAIN_S,
     Direction,
     Route,
@@ -21,9 +22,11 @@ from polarkv_sglang.transport.worker import (
     Worker,
     WorkerStatistics,
     checksums,
+    checksums_from,
 )
 
 __all__ = [
+    "CHUNK_BYTES",
     "DRAIN_S",
     "HUGE_PAGE_BYTES",
     "AlignedMapping",
@@ -41,6 +44,7 @@ __all__ = [
     "WorkerStatistics",
     "attach",
     "checksums",
+    "checksums_from",
     "load_library",
     "share",
 ]

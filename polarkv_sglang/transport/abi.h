@@ -229,6 +229,7 @@ typedef struct {
     uint32_t memory_count;
     int put;
     polar_hash hash;          /* NULL: no checksums, and local memory that the processor cannot read may be used */
+    uint64_t *digests;        /* [block_count][chunks of a block], of the blocks that are done; NULL: unwanted */
     uint32_t window;          /* most operations in flight on one route */
     uint32_t entries;         /* most local ranges that one operation may name */
     uint64_t entry_bytes;     /* most bytes of a range that shares an operation with others */

@@ -7,6 +7,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include "transfer.h"
@@ -287,6 +288,11 @@ static ucs_status_t settle(const struct operation *op) {
     return lane->endpoint->status != UCS_OK ? lane->endpoint->status : UCS_ERR_TIMED_OUT;
 }
 
+static void copy_digests(const struct block *block, uint32_t index, uint64_t *all) {
+    uint64_t chunks = chunk_count(block->length);
+    memcpy(&all[index * chunks], block->digests, chunks * sizeof(*all));
+}
+
 /* Fills in what the caller learns of each block. */
 static void report(const struct transfer *transfer, ucs_status_t *statuses, uint64_t *checksums,
                    polar_outcome *outcome) {
@@ -314,6 +320,7 @@ static void report(const struct transfer *transfer, ucs_status_t *statuses, uint
         }
         digest_until(transfer, i, block.length);
         if (block.hash) checksums[i] = checksum_of(&block);
+        if (block.hash && batch->digests) copy_digests(&block, i, batch->digests);
         outcome->done_bytes += block.length;
     }
 }

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from cffi import FFI
 
 from polarkv_sglang.errors import TransportError
@@ -21,6 +22,7 @@ WINDOW: Final = 512  # operations that UCX holds per route: enough to fill a lin
 OPERATION_BYTES: Final = 512 << 10  # most in one, so that its checksum finds it in the second-level cache
 IOV_ENTRIES: Final = 256  # most local ranges in one
 IOV_ENTRY_BYTES: Final = 32 << 10  # most in each of them: more gains nothing over tcp, and loses over CMA
+CHUNK_BYTES: Final = 4096  # of a block, which have digests of their own
 DRAIN_S: Final = 0.5  # how long past its deadline a transfer may wait until UCX lets go of local memory
 
 _THREAD_MODE_SERIALIZED = 1
@@ -116,6 +118,7 @@ class Worker:
         deadline_s: float,
         *,
         digest: bool = True,
+        digests: npt.NDArray[np.uint64] | None = None,
         iov: bool = True,
     ) -> Transferred:
         """Reads or writes blocks within `deadline_s` seconds from now, in one GIL-free call.
@@ -125,8 +128,10 @@ class Worker:
         pieces]), each inside one of `memories`. A block fails alone or with its endpoint, whose `failed` then
         says why; other routes go on. What is pending at the deadline fails as timed out (-20), and its
         endpoints are given up. On return nothing touches local memory any more; the remote memory of a failed
-        put may still change. Without `digest` there are no checksums; without `iov` no operation of UCX names
-        more than one local range. With neither, local memory may be a GPU's as long as no route is mapped.
+        put may still change. Without `digest` there are no checksums; with it `digests`, of shape [blocks,
+        chunks], receives those of the chunks of all blocks that are done. Without `iov` no operation of UCX
+        names more than one local range. Without both, local memory may be a GPU's as long as no route is
+        mapped.
 
         Raises TransportError, with nothing issued, if a block names a route that is not there, or lies
         outside its mapping or these memories; on other routes remote bounds are the caller's to keep. Raises
@@ -138,6 +143,8 @@ class Worker:
         blocks, pieces = _check_pieces(local, piece_bytes)
         _check_array("route", route, np.uint32, (blocks,))
         _check_array("remote", remote, np.uint64, (blocks,))
+        if digests is not None:
+            _check_array("digests", digests, np.uint64, (blocks, -(-pieces * piece_bytes // CHUNK_BYTES)))
         if any(memory.context is not self.context or not memory.state.handle for memory in memories):
             raise TransportError("every memory must be open and registered with this worker's context")
         done = Transferred(np.empty(blocks, np.int8), np.empty(blocks, np.uint64))
@@ -163,6 +170,7 @@ class Worker:
                 "memory_count": len(memories),
                 "put": direction is Direction.PUT,
                 "hash": library.xxh3 if digest else ffi.NULL,
+                "digests": ffi.NULL if digests is None else ffi.from_buffer("uint64_t[]", digests),
                 "window": WINDOW,
                 "entries": IOV_ENTRIES if iov else 1,
                 "entry_bytes": IOV_ENTRY_BYTES,
@@ -282,6 +290,11 @@ def checksums(library: Library, local: npt.NDArray[np.uint64], piece_bytes: int)
         if library.batch.polar_checksums(library.xxh3, addresses, blocks, pieces, piece_bytes, out):
             raise TransportError(f"no memory for the digests of a block of {pieces} x {piece_bytes} bytes")
     return sums
+
+
+def checksums_from(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Checksums of blocks from the digests of all their chunks, [blocks, chunks] in the block's order."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, digests), np.uint64, len(digests))
 
 
 def _check_pieces(local: npt.NDArray[np.uint64], piece_bytes: int) -> tuple[int, int]:

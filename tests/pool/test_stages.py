@@ -82,6 +82,20 @@ def test_the_answer_is_for_all_parts_that_were_told_of(tls: str | None) -> None:
         assert [number for number, _ in seen] == [0, 1]
 
 
+@pytest.mark.parametrize("ways", [1, 2, 16], ids=["six chunks a piece", "three", "part of one"])
+@pytest.mark.parametrize("tls", [None, "cma,tcp"], ids=["mapped", "cma"])
+def test_what_comes_in_parts_is_checked_however_it_is_cut(tls: str | None, ways: int) -> None:
+    columns = [[slice(half * ways, (half + 1) * ways)] for half in (0, 1)]
+    with running_node() as node, a_rank(node.address, ucx_tls=tls) as rank:
+        assert all(rank.put(prompt("a", PAGES)))
+        stages = Stages(columns, lambda _number: None)
+        pieces = split(rank.pieces(PAGES), ways)
+        assert rank.client.get(prompt("a", PAGES), pieces, stages).all()
+        flip_a_byte(node, prompt("a", PAGES).keys[3])
+        right = rank.client.get(prompt("a", PAGES), pieces, stages)
+        assert right.tolist() == [page != 3 for page in range(PAGES)]
+
+
 def test_a_block_that_was_written_anew_between_two_parts_is_not_told_of_again() -> None:
     """Parts that a node puts are found one after another."""
     with running_node() as node, a_rank(node.address, ucx_tls="tcp") as rank:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 import xxhash
 
@@ -148,7 +149,12 @@ class Client:
         )
 
     def transfer(
-        self, direction: Direction, blocks: Blocks, routes: Sequence[Route], deadline_s: float = 20.0
+        self,
+        direction: Direction,
+        blocks: Blocks,
+        routes: Sequence[Route],
+        deadline_s: float = 20.0,
+        digests: npt.NDArray[np.uint64] | None = None,
     ) -> Transferred:
         return self.worker.transfer(
             direction,
@@ -159,6 +165,7 @@ class Client:
             blocks.piece_bytes,
             [self.memory],
             deadline_s,
+            digests=digests,
         )
 
     def close(self) -> None:

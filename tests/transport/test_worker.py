@@ -16,7 +16,15 @@ import pytest
 import xxhash
 
 from polarkv_sglang.errors import TransportError
-from polarkv_sglang.transport import DRAIN_S, Context, Direction, Route, Worker, load_library
+from polarkv_sglang.transport import (
+    DRAIN_S,
+    Context,
+    Direction,
+    Route,
+    Worker,
+    checksums_from,
+    load_library,
+)
 from polarkv_sglang.transport import worker as worker_module
 from tests.transport.conftest import Client, Peer, checksum
 
@@ -58,6 +66,23 @@ def test_get_brings_the_peers_bytes(untouched_peer, make_client, way, count, siz
     assert not client.buffer[count * size :].any()
     blocks = client.buffer[: count * size].reshape(count, size)
     assert done.checksums.tolist() == [checksum(block.tobytes()) for block in blocks]
+
+
+@pytest.mark.parametrize(("count", "size"), SHAPES)
+def test_checksums_follow_from_the_digests_of_all_chunks(untouched_peer, make_client, way, count, size):
+    peer, client = untouched_peer(tls_of(way)), make_client(16 * MIB, tls_of(way))
+    chunks = -(-size // 4096)
+    digests = np.zeros((count, chunks), np.uint64)
+    blocks, routes = client.blocks(count, size, peer), routes_to([peer], client, way)
+    done = client.transfer(Direction.GET, blocks, routes, digests=digests)
+    got = client.buffer[: count * size].reshape(count, size)
+    assert digests.tolist() == [
+        [xxhash.xxh3_64_intdigest(block[at : at + 4096]) for at in range(0, size, 4096)] for block in got
+    ]
+    assert checksums_from(digests).tolist() == done.checksums.tolist()
+    for wrong in (np.zeros((count, chunks + 1), np.uint64), np.zeros((count, chunks), np.int64)):
+        with pytest.raises(TransportError, match="digests must be a contiguous array"):
+            client.transfer(Direction.GET, blocks, routes, digests=wrong)
 
 
 @pytest.mark.parametrize(("count", "size"), SHAPES)
