@@ -19,8 +19,8 @@ from polarkv_sglang.pool.parts import pull_parts
 from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.pool.requests import Requests, Route, Streamed
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
-from polarkv_sglang.transport import CHUNK_BYTES, DRAIN_S, Direction, Library, checksums, checksums_from
-from polarkv_sglang.transport.columns import pack_u64, seal, unpack_u64
+from polarkv_sglang.transport import CHUNK_BYTES, DRAIN_S, Direction, Library, checksums
+from polarkv_sglang.transport.columns import checksums_from, pack_u64, seal, unpack_u64
 from polarkv_sglang.transport.messages import (
     Fetch,
     Fetched,
@@ -249,7 +249,8 @@ class Reader:
         arrived = np.ones(len(pieces.addresses), bool)
         chunks, rest = divmod(pieces.piece_bytes, CHUNK_BYTES)
         digested = pieces.checksums is None and rest == 0
-        digests = np.empty((len(arrived), pieces.addresses.shape[1] * chunks if digested else 0), np.uint64)
+        # Zeros: what no part has is wrong, and not what memory held of an earlier read.
+        digests = np.zeros((len(arrived), pieces.addresses.shape[1] * chunks if digested else 0), np.uint64)
         for number, columns in enumerate(stages.columns):
             for run in columns:
                 start = np.uint64(run.start * pieces.piece_bytes)

@@ -79,8 +79,8 @@ def move(
 ) -> Moved:
     """Move blocks between ``pieces`` and memory nodes by ``deadline``; links that fail are given up.
 
-    Without ``digest`` there are no checksums; ``digests`` ([chain, chunks of a block]) receives those of the
-    chunks that have come, where the processor can read ``pieces``.
+    Without ``digest`` there are no checksums; ``digests`` ([chain, chunks of a block]) receives those of
+    the chunks of blocks that arrived, and zeros for those that were asked for and did not.
     """
     moved = Moved(np.zeros(len(pieces.addresses), bool), np.zeros(len(pieces.addresses), np.uint64))
     # A link may have been given up since it answered.
@@ -90,7 +90,7 @@ def move(
         return moved
     blocks = np.concatenate([part.blocks for part in parts])
     by_processor = pieces.checksums is None
-    chunks = None if digests is None else np.empty((len(blocks), digests.shape[1]), np.uint64)
+    chunks = None if digests is None else np.zeros((len(blocks), digests.shape[1]), np.uint64)
     try:
         done = lane.worker.transfer(
             direction,

@@ -22,7 +22,6 @@ from polarkv_sglang.transport.worker import (
     Worker,
     WorkerStatistics,
     checksums,
-    checksums_from,
 )
 
 __all__ = [
@@ -44,7 +43,6 @@ __all__ = [
     "WorkerStatistics",
     "attach",
     "checksums",
-    "checksums_from",
     "load_library",
     "share",
 ]

@@ -1,4 +1,4 @@
-"""Columns of numbers and of keys in one blob each, as messages carry them: packed and read at once."""
+"""Columns of numbers and of keys in one blob each, as messages carry them, and what is hashed of columns."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def seal(worker_address: bytes, rkeys: Sequence[bytes]) -> int:
         digest.update(len(part).to_bytes(4, "little"))
         digest.update(part)
     return digest.intdigest()
+
+
+def checksums_from(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Checksums of blocks from the digests of all their chunks, [blocks, chunks] in the block's order."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, digests), np.uint64, len(digests))
 
 
 def split_keys(blob: bytes) -> list[bytes]:

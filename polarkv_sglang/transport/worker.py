@@ -9,7 +9,6 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from cffi import FFI
 
 from polarkv_sglang.errors import TransportError
@@ -144,6 +143,8 @@ class Worker:
         _check_array("route", route, np.uint32, (blocks,))
         _check_array("remote", remote, np.uint64, (blocks,))
         if digests is not None:
+            if not digest:
+                raise TransportError("digests of chunks are wanted without checksums")
             _check_array("digests", digests, np.uint64, (blocks, -(-pieces * piece_bytes // CHUNK_BYTES)))
         if any(memory.context is not self.context or not memory.state.handle for memory in memories):
             raise TransportError("every memory must be open and registered with this worker's context")
@@ -170,7 +171,9 @@ class Worker:
                 "memory_count": len(memories),
                 "put": direction is Direction.PUT,
                 "hash": library.xxh3 if digest else ffi.NULL,
-                "digests": ffi.NULL if digests is None else ffi.from_buffer("uint64_t[]", digests),
+                "digests": ffi.NULL
+                if digests is None
+                else ffi.from_buffer("uint64_t[]", digests, require_writable=True),
                 "window": WINDOW,
                 "entries": IOV_ENTRIES if iov else 1,
                 "entry_bytes": IOV_ENTRY_BYTES,
@@ -290,11 +293,6 @@ def checksums(library: Library, local: npt.NDArray[np.uint64], piece_bytes: int)
         if library.batch.polar_checksums(library.xxh3, addresses, blocks, pieces, piece_bytes, out):
             raise TransportError(f"no memory for the digests of a block of {pieces} x {piece_bytes} bytes")
     return sums
-
-
-def checksums_from(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Checksums of blocks from the digests of all their chunks, [blocks, chunks] in the block's order."""
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, digests), np.uint64, len(digests))
 
 
 def _check_pieces(local: npt.NDArray[np.uint64], piece_bytes: int) -> tuple[int, int]:

@@ -110,11 +110,11 @@ def wait_until_live(rank: Rank, count: int, timeout_s: float = 15) -> None:
         time.sleep(0.02)
 
 
-def flip_a_byte(node: RunningNode, key: bytes) -> None:
+def flip_a_byte(node: RunningNode, key: bytes, at: int = 1000) -> None:
     """Change one byte of a block in the slab of a memory node's process."""
     with node.connect() as control:
         located = control.request(Locate(control.next_id(), key, 0.01), 5)
-    address = int(unpack_u64(located.address_blob)[0]) + 1000
+    address = int(unpack_u64(located.address_blob)[0]) + at
     with open(f"/proc/{node.pid}/mem", "r+b", buffering=0) as memory:
         memory.seek(address)
         byte = memory.read(1)[0]

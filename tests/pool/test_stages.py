@@ -13,11 +13,12 @@ from polarkv_sglang.pool.blocks import Pieces, Stages
 from polarkv_sglang.pool.placement import ranking
 from polarkv_sglang.transport.messages import MAX_PULL_PARTS, Locate, Peek, Release, ReportCorrupt
 from tests.faults.nodes import FaultyNode
-from tests.pool.rank import STRIPE_PAGES, Rank, a_rank, flip_a_byte, prompt, wait_until_live
+from tests.pool.rank import PIECE_BYTES, STRIPE_PAGES, Rank, a_rank, flip_a_byte, prompt, wait_until_live
 from tests.pool.test_copies import a_pool, wait_until_held
 from tests.support import RunningNode, running_node, running_nodes
 
 PAGES = STRIPE_PAGES
+BLOCK_BYTES = 2 * PIECE_BYTES
 PIECES = [[slice(0, 1)], [slice(1, 2)]]  # a stage for each piece of a block
 QUARTERS = [[slice(number, number + 1)] for number in range(4)]
 
@@ -82,18 +83,27 @@ def test_the_answer_is_for_all_parts_that_were_told_of(tls: str | None) -> None:
         assert [number for number, _ in seen] == [0, 1]
 
 
-@pytest.mark.parametrize("ways", [1, 2, 16], ids=["six chunks a piece", "three", "part of one"])
+@pytest.mark.parametrize("ways", [2, 4, 16], ids=["three chunks a piece", "a chunk and a half", "less"])
 @pytest.mark.parametrize("tls", [None, "cma,tcp"], ids=["mapped", "cma"])
 def test_what_comes_in_parts_is_checked_however_it_is_cut(tls: str | None, ways: int) -> None:
-    columns = [[slice(half * ways, (half + 1) * ways)] for half in (0, 1)]
-    with running_node() as node, a_rank(node.address, ucx_tls=tls) as rank:
-        assert all(rank.put(prompt("a", PAGES)))
+    """By two nodes; each part has some of K and some of V, as layers have."""
+    half, pages = ways // 2, 16 * STRIPE_PAGES
+    columns = [[slice(start, start + half), slice(ways + start, ways + start + half)] for start in (0, half)]
+    with running_nodes(2) as nodes, a_rank(*[node.address for node in nodes], ucx_tls=tls) as rank:
+        blocks, pieces = prompt("a", pages), split(rank.pieces(pages), ways)
+        before = rank.memory.copy()
+        assert all(rank.put(blocks))
+        rank.memory[:, :pages] = 0
         stages = Stages(columns, lambda _number: None)
-        pieces = split(rank.pieces(PAGES), ways)
-        assert rank.client.get(prompt("a", PAGES), pieces, stages).all()
-        flip_a_byte(node, prompt("a", PAGES).keys[3])
-        right = rank.client.get(prompt("a", PAGES), pieces, stages)
-        assert right.tolist() == [page != 3 for page in range(PAGES)]
+        assert rank.client.get(blocks, pieces, stages).all()
+        assert (rank.memory[:, :pages] == before[:, :pages]).all()
+        first = rank.client.membership.live
+        for wrong, at in ((3, 1000), (pages - 2, BLOCK_BYTES - 1)):
+            home = ranking(blocks.anchors[wrong], first, 1)[0]
+            (node,) = (node for node in nodes if node.address == home)
+            flip_a_byte(node, blocks.keys[wrong], at)
+        right = rank.client.get(blocks, pieces, stages)
+        assert np.flatnonzero(~right).tolist() == [3, pages - 2]
 
 
 def test_a_block_that_was_written_anew_between_two_parts_is_not_told_of_again() -> None:

@@ -22,10 +22,10 @@ from polarkv_sglang.transport import (
     Direction,
     Route,
     Worker,
-    checksums_from,
     load_library,
 )
 from polarkv_sglang.transport import worker as worker_module
+from polarkv_sglang.transport.columns import checksums_from
 from tests.transport.conftest import Client, Peer, checksum
 
 pytestmark = pytest.mark.timeout(60)
@@ -83,6 +83,9 @@ def test_checksums_follow_from_the_digests_of_all_chunks(untouched_peer, make_cl
     for wrong in (np.zeros((count, chunks + 1), np.uint64), np.zeros((count, chunks), np.int64)):
         with pytest.raises(TransportError, match="digests must be a contiguous array"):
             client.transfer(Direction.GET, blocks, routes, digests=wrong)
+    digests.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        client.transfer(Direction.GET, blocks, routes, digests=digests)
 
 
 @pytest.mark.parametrize(("count", "size"), SHAPES)
