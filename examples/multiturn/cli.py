@@ -140,11 +140,11 @@ def _adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
 
 
 def _may_be_cut(args: argparse.Namespace) -> bool:
-    """Whether fewer rounds may be played than the preset has: nobody asked for a size of the run.
+    """Whether fewer rounds may be played than the preset has: nobody asked for a size or a rate of the run.
 
     Nor are there servers that run already, whose start would be reckoned wrongly.
     """
-    return args.rounds is None and args.repeats is None and not args.base_url
+    return args.rounds is None and args.repeats is None and args.qps is None and not args.base_url
 
 
 def _at_least_one(name: str, value: int) -> int:

@@ -80,12 +80,12 @@ def test_a_run_plays_what_fits_and_reports_it(limit_s, least_rounds, rounds, tmp
     ("arguments", "cut"),
     [
         ([], True),
-        (["--qps", "1"], True),
+        (["--qps", "1"], False),
         (["--rounds", "4"], False),
         (["--repeats", "1"], False),
         (["--base-url", "radix=http://127.0.0.1:1"], False),
     ],
 )
-def test_who_asks_for_a_size_gets_all_of_it(arguments, cut):
+def test_who_asks_for_a_size_or_a_rate_gets_all_rounds(arguments, cut):
     preset = _adjusted(CHATBOT.laptop, _parser(CHATBOT).parse_args(arguments))
     assert (preset.min_rounds is not None) == cut
