@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -31,6 +33,8 @@ _MAX_SUGGESTIONS = 8192
 
 _logger = logging.getLogger(__name__)
 
+_MethodT = TypeVar("_MethodT", bound=Callable[..., Any])
+
 
 class _Writing(NamedTuple):
     """A reservation."""
@@ -38,12 +42,21 @@ class _Writing(NamedTuple):
     owner: int
     deadline: float
     rows: list[int]
+    filled: bool = False  # a thread of ours writes to its slots: it must not end before the thread does
 
 
 class Reservation(NamedTuple):
     number: int  # 0: nothing was reserved
     addresses: list[int]  # one per key; 0 where not reserved
     states: bytes  # one KeyState per key
+
+
+class Slots(NamedTuple):
+    """Those of a reservation that is being filled."""
+
+    addresses: list[int]
+    length: int  # bytes of each block
+    left_s: float  # until the reservation should have been committed
 
 
 class Lease(NamedTuple):
@@ -88,8 +101,19 @@ class IndexStatistics(NamedTuple):
     expired_reservations_total: int
 
 
+def _alone(method: _MethodT) -> _MethodT:
+    """Let one thread at a time into the index."""
+
+    @functools.wraps(method)
+    def call(self: Index, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_MethodT, call)
+
+
 class Index:
-    """Blocks, who writes them and who reads them. Owned by one thread; no call waits for anything.
+    """Blocks, who writes them and who reads them. For any thread; no call waits for anything but another.
 
     ``owner`` is a connection: only the owner can end its reservations and leases. If it disappears they
     live on until they expire, since its transfers may still be under way; only its holds have none.
@@ -102,7 +126,8 @@ class Index:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.refused: Counter[str] = Counter()  # keys, by reason
+        self._lock = threading.RLock()  # a policy asks back
+        self._refused: Counter[str] = Counter()
         self._slab = slab
         self._policy = policy if policy is not None else LeastRecentlyUsed()
         self._clock = clock
@@ -122,6 +147,7 @@ class Index:
         self._evictions = self._corrupt = self._expired_reservations = 0
         self._warned_too_long = False
 
+    @_alone
     def reserve(
         self, owner: int, keys: Sequence[bytes], parents: Sequence[bytes], length: int
     ) -> Reservation:
@@ -150,7 +176,7 @@ class Index:
                     addresses[position] = self._table.addresses[row]
                 else:
                     reason = reason or "no_room"
-                    self.refused[reason] += 1
+                    self._refused[reason] += 1
                     states[position] = KeyState.NO_ROOM
         if not reserved:
             return Reservation(0, addresses, bytes(states))
@@ -158,6 +184,7 @@ class Index:
         self._reservations[number] = _Writing(owner, self._clock() + RESERVATION_S, reserved)
         return Reservation(number, addresses, bytes(states))
 
+    @_alone
     def commit(self, owner: int, number: int, mask: bytes, checksums: Sequence[int]) -> int:
         """End a reservation: blocks whose mask is set become visible, the others' slots are free at once.
 
@@ -189,18 +216,29 @@ class Index:
         self._commits += count
         return count
 
-    def slots(self, owner: int, number: int) -> tuple[list[int], int]:
-        """Addresses and the one length of the blocks of a reservation; none and 0 if it is over."""
-        if not self.is_reserved(owner, number):
-            return [], 0
-        places = self._table.places(np.array(self._reservations[number].rows, np.intp))
-        return places.addresses, places.lengths[0]
+    @_alone
+    def fill(self, owner: int, number: int) -> Slots | None:
+        """The slots of a reservation, which lasts from now on until it is committed; None if it is over.
 
-    def is_reserved(self, owner: int, number: int) -> bool:
-        """Whether the slots of a reservation may still be written to."""
+        For a thread of this process that writes to them: whoever comes late must find them as they were.
+        """
         held = self._reservations.get(number)
-        return held is not None and held.owner == owner
+        if held is None or held.owner != owner:
+            return None
+        self._reservations[number] = held._replace(filled=True)
+        places = self._table.places(np.array(held.rows, np.intp))
+        return Slots(places.addresses, places.lengths[0], held.deadline - self._clock())
 
+    @_alone
+    def give_up(self, owner: int, number: int) -> None:
+        """Free the slots of a reservation that nobody writes to any more; if it is late, it has expired."""
+        held = self._reservations.get(number)
+        if held is None or held.owner != owner:
+            return
+        self._expired_reservations += held.deadline <= self._clock()
+        self._abort_all(number)
+
+    @_alone
     def locate(self, owner: int, keys: Sequence[bytes], lease_s: float, *, counted: bool = True) -> Lease:
         """Find committed blocks and keep their slots for ``lease_s`` seconds (MAX_LEASE_S at most).
 
@@ -217,6 +255,7 @@ class Index:
         number = self._leases.begin(owner, found, lease_s)
         return Lease(number, *table.places(rows if number else np.zeros_like(rows)))
 
+    @_alone
     def hold(self, owner: int, keys: Sequence[bytes], lease_s: float) -> Hold:
         """As ``peek``, and keep what is there for ``lease_s`` seconds (MAX_LEASE_S at most); not touched.
 
@@ -228,25 +267,25 @@ class Index:
         number = self._leases.begin(owner, rows[rows > 0], lease_s, most_bytes)
         return Hold(number, (rows > 0).tobytes())
 
+    @_alone
     def renew(self, owner: int, number: int, lease_s: float) -> bool:
         """Let a lease end ``lease_s`` seconds from now (MAX_LEASE_S at most); False if it is over already."""
         return self._leases.renew(owner, number, lease_s)
 
-    def is_leased(self, owner: int, number: int) -> bool:
-        """Whether a lease still keeps its blocks where they are."""
-        return self._leases.stands(owner, number)
-
+    @_alone
     def release(self, owner: int, number: int) -> None:
         """End a lease; harmless if it has expired."""
         rows = self._leases.end(owner, number)
         if rows is not None:
             self._free_quarantined(rows)
 
+    @_alone
     def end_holds(self, owner: int) -> None:
         """End the leases of an owner that is gone, as far as nobody reads under them."""
         for rows in self._leases.end_waiting(owner):
             self._free_quarantined(rows)
 
+    @_alone
     def report_corrupt(self, keys: Sequence[bytes], generations: Sequence[int]) -> None:
         """Drop blocks that are still of that generation; a slot is reused once no lease is on it."""
         for key, generation in zip(keys, generations, strict=True):
@@ -260,25 +299,28 @@ class Index:
             else:
                 self._free(row)
 
+    @_alone
     def peek(self, keys: Sequence[bytes]) -> bytes:
         """One byte per key: 1 for a committed block. Neither touches nor leases."""
         return bytes(map(self._committed.__contains__, keys))
 
+    @_alone
     def describe(self, keys: Sequence[bytes]) -> Description:
         """What committed blocks continue and how long they are. Neither touches nor leases."""
         rows = self._rows(keys)
         parents = [self._table.parents[row] for row in rows.tolist()]
         return Description(parents, self._table.places(rows).lengths)
 
+    @_alone
     def expire(self) -> None:
         """End the leases and reservations whose time is over."""
         now = self._clock()
         for rows in self._leases.expire():
             self._free_quarantined(rows)
-        for number in [number for number, held in self._reservations.items() if held.deadline <= now]:
-            self._expired_reservations += 1
-            for row in self._reservations.pop(number).rows:
-                self._abort(row)
+        for number, held in list(self._reservations.items()):
+            if held.deadline <= now and not held.filled:
+                self._expired_reservations += 1
+                self._abort_all(number)
 
     def leaf_last_use(self, row: int) -> int:
         """See ``Leaves``."""
@@ -288,6 +330,12 @@ class Index:
         """See ``Leaves``."""
         return self._table.oldest_leaves(after, count)
 
+    @_alone
+    def refused(self) -> Counter[str]:
+        """Keys that were refused, by reason."""
+        return self._refused.copy()
+
+    @_alone
     def statistics(self) -> IndexStatistics:
         """Sizes now and counters since the start."""
         return IndexStatistics(
@@ -308,6 +356,7 @@ class Index:
             expired_reservations_total=self._expired_reservations,
         )
 
+    @_alone
     def check_integrity(self) -> None:
         """PolarError if blocks, holdings, children, policy and slab do not agree. For tests: takes O(n)."""
         table = self._table
@@ -389,6 +438,11 @@ class Index:
         del self._committed[self._table.keys[row]]
         self._table.last_uses[row] = 0
         self._unlink(row)
+
+    def _abort_all(self, number: int) -> None:
+        """Undo a reservation."""
+        for row in self._reservations.pop(number).rows:
+            self._abort(row)
 
     def _abort(self, row: int) -> None:
         """Undo the reservation of one block."""

@@ -65,14 +65,10 @@ class Leases:
         self._leases[number] = lease._replace(deadline=self._deadline(lease_s))
         return True
 
-    def stands(self, owner: int, number: int) -> bool:
-        """Whether a lease still keeps its blocks where they are."""
-        lease = self._leases.get(number)
-        return lease is not None and lease.owner == owner
-
     def end(self, owner: int, number: int) -> Rows | None:
         """The rows of a lease that is over now; None if it was before, or is another's."""
-        return self._end(number) if self.stands(owner, number) else None
+        lease = self._leases.get(number)
+        return self._end(number) if lease is not None and lease.owner == owner else None
 
     def end_waiting(self, owner: int) -> list[Rows]:
         """The rows of an owner's leases for requests that wait; they are over now."""

@@ -63,7 +63,10 @@ class Lane:
             self._probe_memory = context.register(self._probe.ctypes.data, self._probe.nbytes)
 
     def add(self, address: str, control: ControlConnection, deadline_s: float) -> None:
-        """Take a connection into use; TransportError if its memory cannot be reached in time."""
+        """Take a connection into use.
+
+        Raises TransportError if its memory cannot be reached in time, NodeError if the node does not answer.
+        """
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
@@ -72,10 +75,12 @@ class Lane:
                 with contextlib.ExitStack() as unneeded:
                     unneeded.callback(_close, route)
                     emulated = route.endpoint.emulates_get
-                    streamed = emulated and control.streams and self._by_processor
+                    streamed = emulated and control.can_stream and self._by_processor
                     pushed = emulated and self._reads and not streamed
                     if not pushed and not streamed:
                         unneeded.pop_all()
+            if streamed:
+                control.start_streaming(deadline_s)
             unneeded_route = pushed or streamed
             self.drop(address)
             self.links[address] = Link(address, control, None if unneeded_route else route, pushed, streamed)

@@ -26,7 +26,7 @@ from polarkv_sglang.pool.push import Pushers
 from polarkv_sglang.pool.replication import Replicator
 from polarkv_sglang.pool.session import Service, Session
 from polarkv_sglang.pool.slab import Slab, SlabMemory, default_segment_bytes
-from polarkv_sglang.pool.stream import SlabView
+from polarkv_sglang.pool.stream import Streams
 from polarkv_sglang.transport import Context, Worker, load_library, share
 from polarkv_sglang.transport.messages import NODE_ID_BYTES, NodeStatistics, Welcome
 
@@ -71,6 +71,7 @@ class MemoryNode:
         welcome: Welcome,
         index: Index,
         pushers: Pushers,
+        streams: Streams,
     ) -> None:
         self.host, self.port = settings.host, settings.port
         self.node_id = welcome.node_id
@@ -79,9 +80,9 @@ class MemoryNode:
         self.capacity_bytes = welcome.capacity_bytes
         self.service = Service(
             index=index,
-            notes=Notes(notes_bytes(welcome.capacity_bytes)),
+            notes=streams.notes,
             pushers=pushers,
-            slab=SlabView(welcome.base_address, welcome.capacity_bytes),
+            streams=streams,
             token=settings.token,
             tls=settings.tls,
             welcome=welcome,
@@ -128,9 +129,9 @@ class MemoryNode:
             notes_bytes=service.notes.used_bytes,
             connections=len(service.sessions),
             bad_frames_total=service.bad_frames,
-            refused_total=dict(service.refused + service.index.refused),
-            sent_blocks_total=service.pushers.sent_blocks,
-            sent_bytes_total=service.pushers.sent_bytes,
+            refused_total=dict(service.refused + service.index.refused()),
+            sent_blocks_total=service.pushers.sent_blocks + service.streams.sent_blocks,
+            sent_bytes_total=service.pushers.sent_bytes + service.streams.sent_bytes,
             failed_sends_total=service.pushers.failed_blocks,
             views=views,
             views_left_out=views_left_out,
@@ -182,9 +183,17 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
         index = Index(slab)
         pushers = Pushers(index, context, registered)
         stack.push_async_callback(pushers.close)
+        streams = Streams(index, Notes(notes_bytes(slab.capacity_bytes)), library)
+        stack.push_async_callback(streams.close)
         libucp = f"{'.'.join(map(str, library.version))} ({library.source})"
         node = MemoryNode(
-            settings, libucp=libucp, memory=memory, welcome=welcome, index=index, pushers=pushers
+            settings,
+            libucp=libucp,
+            memory=memory,
+            welcome=welcome,
+            index=index,
+            pushers=pushers,
+            streams=streams,
         )
         await stack.enter_async_context(_serving_ucx(worker, node))
         await stack.enter_async_context(_replicating(node.service, memory, settings))

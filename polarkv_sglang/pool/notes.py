@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -18,11 +19,12 @@ def notes_bytes(capacity_bytes: int) -> int:
 class Notes:
     """Notes within ``capacity_bytes``, least recently used first out. The last one under a key counts.
 
-    They say where something is, and may be wrong by now: who reads one has to look. Owned by one thread.
+    They say where something is, and may be wrong by now: who reads one has to look. For any thread.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
+        self._lock = threading.Lock()
         self._notes: OrderedDict[bytes, bytes] = OrderedDict()
         self.used_bytes = 0
 
@@ -31,21 +33,23 @@ class Notes:
 
     def write(self, keys: Sequence[bytes], notes: Sequence[bytes]) -> None:
         """Keep a note for each key."""
-        for key, note in zip(keys, notes, strict=True):
-            self._drop(key)
-            self._notes[key] = note
-            self.used_bytes += _ENTRY_BYTES + len(note)
-        while self.used_bytes > self._capacity_bytes:
-            self._drop(next(iter(self._notes)))
+        with self._lock:
+            for key, note in zip(keys, notes, strict=True):
+                self._drop(key)
+                self._notes[key] = note
+                self.used_bytes += _ENTRY_BYTES + len(note)
+            while self.used_bytes > self._capacity_bytes:
+                self._drop(next(iter(self._notes)))
 
     def read(self, keys: Sequence[bytes]) -> list[bytes]:
         """The note of each key, empty where there is none; those that are read count as used."""
         found = []
-        for key in keys:
-            note = self._notes.get(key, b"")
-            if note:
-                self._notes.move_to_end(key)
-            found.append(note)
+        with self._lock:
+            for key in keys:
+                note = self._notes.get(key, b"")
+                if note:
+                    self._notes.move_to_end(key)
+                found.append(note)
         return found
 
     def _drop(self, key: bytes) -> None:

@@ -20,7 +20,7 @@ from polarkv_sglang.pool.answers import answer
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.pool.push import Pusher, Pushers
-from polarkv_sglang.pool.stream import SlabView, Upload, send_blocks
+from polarkv_sglang.pool.stream import Stream, Streams
 from polarkv_sglang.transport.columns import split_keys
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
@@ -35,29 +35,25 @@ from polarkv_sglang.transport.messages import (
     NONCE_BYTES,
     PROTOCOL_VERSION,
     Challenge,
-    Committed,
     Fetch,
     Fetched,
-    Fill,
     FromClient,
     Hello,
     Message,
     NodeStatistics,
     Peek,
     Proof,
-    Pull,
     Refused,
     Replicate,
     Role,
+    StartStream,
     Statistics,
-    Store,
-    Stored,
     View,
     Welcome,
 )
 from polarkv_sglang.transport.tls import TlsStream, starts_tls
 
-_SCRATCH_BYTES = 64 << 10  # of frames at a time; what comes behind them goes where it belongs at once
+_SCRATCH_BYTES = 64 << 10  # that are read at a time
 HANDSHAKE_S = 10.0  # a connection that has not authenticated by then is closed
 MAX_VIEWS_BYTES = 1 << 20  # of what all ranks tell, so that statistics stay below MAX_FRAME_BYTES
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
@@ -72,7 +68,7 @@ class Service:
     index: Index
     notes: Notes
     pushers: Pushers
-    slab: SlabView
+    streams: Streams
     token: str | None
     tls: ssl.SSLContext | None  # None: connections are in the clear
     welcome: Welcome  # as ranks get it
@@ -118,7 +114,7 @@ class Session(asyncio.BufferedProtocol):
         self._owner = next(service.owners)  # of leases and reservations
         self._pusher: Pusher | None = None  # made by the first Fetch
         self._fetch: asyncio.Task[Fetched] | None = None  # under way: nothing else is answered meanwhile
-        self._upload: Upload | None = None  # under way: what is received belongs to it
+        self._stream: Stream | None = None  # once it streams, what is received belongs to it
         self._replies_unread = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -136,8 +132,6 @@ class Session(asyncio.BufferedProtocol):
         self._service.sessions.discard(self)
         if self._pusher is not None:
             self._pusher.close()
-        if self._upload is not None:
-            self._upload.abandon()
         self._service.index.end_holds(self._owner)
         if self.role == "lifeline":
             self._service.report_lifelines()
@@ -153,24 +147,10 @@ class Session(asyncio.BufferedProtocol):
         self._read_or_pause()
 
     def get_buffer(self, size_hint: int) -> memoryview:
-        if self._upload is not None:
-            buffer = self._upload.buffer()
-            if buffer is not None:
-                return buffer
-            if not self._refused:
-                # uvloop asks from within a read, where closing the transport would crash the process.
-                self._refused = True
-                asyncio.get_running_loop().call_soon(self._too_late)
         return self._service.scratch
 
     def buffer_updated(self, count: int) -> None:
         if self._refused or self._transport.is_closing():
-            return
-        if self._upload is not None:
-            self._upload.received(count)
-            if self._upload.ended:
-                self._end_upload(self._upload)
-                self._take_frames()
             return
         data = self._service.scratch[:count]
         self._frames.feed(self._decrypt(self._tls, bytes(data)) if self._tls is not None else data)
@@ -180,7 +160,7 @@ class Session(asyncio.BufferedProtocol):
         try:
             while (
                 self._fetch is None
-                and self._upload is None
+                and self._stream is None
                 and not self._replies_unread
                 and not self._refused
                 and not self._transport.is_closing()
@@ -205,7 +185,7 @@ class Session(asyncio.BufferedProtocol):
     def _read_or_pause(self) -> None:
         if self._transport.is_closing():
             return
-        if self._replies_unread or self._fetch is not None:
+        if self._replies_unread or self._fetch is not None or self._stream is not None:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -305,38 +285,15 @@ class Session(asyncio.BufferedProtocol):
             case Statistics():
                 self._send(service.statistics(request.request_id))
             case Replicate():
-                if service.replicate is not None:
-                    service.replicate(split_keys(request.keys), request.target)
+                self._replicate(request)
             case Fetch():
                 if self._pusher is None:
                     self._pusher = Pusher(service.pushers, owner)
                 self._fetch = asyncio.create_task(self._pusher.fetch(request))
                 self._fetch.add_done_callback(self._fetched)
                 self._read_or_pause()
-            case Pull() | Store() | Fill() if self._tls is not None:
-                raise BadFrame("blocks over TLS")
-            case Pull():
-                parts = request.parts()
-                count = send_blocks(index, service.slab, owner, request, parts, self._transport)
-                # Of blocks that come in parts, with the last one.
-                service.pushers.sent_blocks += count if sum(parts[-1]) == request.length else 0
-                service.pushers.sent_bytes += count * sum(size for _, size in parts)
-            case Store():
-                slots = index.reserve(
-                    owner, split_keys(request.keys), split_keys(request.parents), request.length
-                )
-                stored = Stored(request.request_id, slots.states)
-                self._start_upload(slots.number, slots.addresses, request.length, lambda _: stored)
-            case Fill():
-                places, length = index.slots(owner, request.reservation)
-                if not places:
-                    raise BadFrame("a fill of a reservation that is over")
-                self._start_upload(
-                    request.reservation,
-                    places,
-                    length,
-                    lambda count: Committed(request.request_id, count),
-                )
+            case StartStream():
+                self._start_stream(request)
             case _:
                 reply = answer(index, service.notes, owner, request)
                 if reply is not None:
@@ -353,26 +310,29 @@ class Session(asyncio.BufferedProtocol):
         self._take_frames()
         self._read_or_pause()
 
-    def _start_upload(
-        self, reservation: int, addresses: list[int], length: int, reply: Callable[[int], Message]
-    ) -> None:
-        service = self._service
-        upload = self._upload = Upload(
-            service.index, service.slab, service.scratch, self._owner, reservation, addresses, length, reply
+    def _replicate(self, request: Replicate) -> None:
+        if self._service.replicate is not None:
+            self._service.replicate(split_keys(request.keys), request.target)
+
+    def _start_stream(self, request: StartStream) -> None:
+        if self._tls is not None:
+            raise BadFrame("blocks over TLS")
+        if len(self._frames):
+            raise BadFrame("it streams before it may")
+        peer: socket.socket = self._transport.get_extra_info("socket")
+        self._stream = Stream(
+            self._service.streams,
+            self._owner,
+            peer.fileno(),
+            request.request_id,
+            self.name,
+            self._replicate,
+            self._stream_ended,
         )
-        while not upload.ended and len(self._frames):
-            buffer = upload.buffer()
-            assert buffer is not None  # it is new
-            part = self._frames.take(len(buffer))
-            buffer[: len(part)] = part
-            upload.received(len(part))
-        if upload.ended:
-            self._end_upload(upload)
+        self._read_or_pause()
 
-    def _end_upload(self, upload: Upload) -> None:
-        self._upload = None
-        self._send(upload.commit())
-
-    def _too_late(self) -> None:
-        _logger.warning("%s wrote for longer than its reservation lasts", self.name)
-        self.abort()
+    def _stream_ended(self, error: Exception | None) -> None:
+        if error is not None:
+            self._broke_protocol(error)
+        else:
+            self.abort()

@@ -1,162 +1,201 @@
-"""Blocks that pass through a client's connection, from and to the slab without a copy in between.
+"""Blocks that pass through clients' connections, between socket and slab without a copy in between.
 
-Everything here runs on the event loop's thread, between two looks at the index: bytes are received into a
-slot only while its reservation stands, so a writer that is late harms nobody.
+Each connection that streams has a thread: a client that stalls holds up nobody, the control server answers
+while blocks are on their way, and clients are served on as many cores as there are.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import logging
+import os
+import socket
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+from polarkv_sglang.pool.answers import answer
 from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.notes import Notes
+from polarkv_sglang.transport import Library
 from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
-from polarkv_sglang.transport.framing import encode_frame
-from polarkv_sglang.transport.messages import MAX_LEASE_S, Message, Pull, Pulled
+from polarkv_sglang.transport.delivery import Delivery
+from polarkv_sglang.transport.framing import BadFrame, decode_from_client, encode_frame
+from polarkv_sglang.transport.messages import (
+    MAX_LEASE_S,
+    Committed,
+    Fill,
+    FromClient,
+    Message,
+    Pull,
+    Pulled,
+    Replicate,
+    Store,
+    Stored,
+    Streaming,
+)
 
-_LONGEST_READ = 1 << 20  # bytes that one connection receives before the others get a turn
-_SENT_CHECK_FIRST_S = 0.001
-_SENT_CHECK_S = 0.02
+_SEND_BY = 0.9  # of the longest lease, when blocks have to be sent
+_TRAILER_BYTES = 9  # behind the blocks of a write, for each: its checksum, and whether it is to be stored
 
-
-class SlabView:
-    """The slab's bytes, by address; must not be used once the memory is closed."""
-
-    def __init__(self, base_address: int, capacity_bytes: int) -> None:
-        self._base_address = base_address
-        self._bytes = memoryview((ctypes.c_uint8 * capacity_bytes).from_address(base_address)).cast("B")
-
-    def at(self, address: int, length: int) -> memoryview:
-        """``length`` bytes at ``address``."""
-        start = address - self._base_address
-        return self._bytes[start : start + length]
-
-    def blocks(self, addresses: Sequence[int], length: int) -> list[memoryview]:
-        """Blocks of one length, in order; those that follow each other in one view."""
-        return [self.at(address, size) for address, size in runs(addresses, length)]
+_logger = logging.getLogger(__name__)
 
 
-class Upload:
-    """Blocks of one request on their way from a client, and behind them what it says of them."""
+class Streams:
+    """What the streams of a node share, and what they did. Used by the event loop, but for ``count``."""
+
+    def __init__(self, index: Index, notes: Notes, library: Library) -> None:
+        self.index = index
+        self.notes = notes
+        self.library = library
+        self.open: set[Stream] = set()
+        self.sent_blocks = self.sent_bytes = 0
+        self._lock = threading.Lock()
+
+    def count(self, blocks: int, sent_bytes: int) -> None:
+        """Add to what was sent. For any thread."""
+        with self._lock:
+            self.sent_blocks += blocks
+            self.sent_bytes += sent_bytes
+
+    async def close(self) -> None:
+        """End all streams; returns once none of them touches the slab any more."""
+        for stream in self.open:
+            stream.stop()
+        await asyncio.gather(*[stream.done for stream in self.open], return_exceptions=True)
+
+
+class Stream:
+    """One client's connection from when it streams until it ends, on a thread of its own."""
 
     def __init__(
         self,
-        index: Index,
-        slab: SlabView,
-        scratch: memoryview,
+        shared: Streams,
         owner: int,
-        reservation: int,
-        addresses: Sequence[int],
-        length: int,
-        reply: Callable[[int], Message],
+        fd: int,
+        request_id: int,
+        name: str,
+        replicate: Callable[[Replicate], None],
+        on_end: Callable[[Exception | None], None],
     ) -> None:
-        """``addresses``: of slots; 0 where the bytes are for nobody. ``reply``: from how many are visible."""
-        self._index, self._slab, self._scratch = index, slab, scratch
-        self._owner, self._reservation = owner, reservation
-        self._reserved = [address != 0 for address in addresses]
-        self._has_slots = any(self._reserved)
-        self._reply = reply
-        self._runs = runs(addresses, length)
-        self._runs.reverse()
-        self._words = memoryview(bytearray(9 * len(addresses)))
-        self._words_read = 0
-        self.ended = not addresses
+        """Answer the request to stream, and serve what follows, through a socket that nobody else uses now.
 
-    def buffer(self) -> memoryview | None:
-        """Where the next bytes go, never empty; None once the reservation is over."""
-        if self._has_slots and not self._index.is_reserved(self._owner, self._reservation):
-            return None
-        if not self._runs:
-            return self._words[self._words_read :]
-        address, length = self._runs[-1]
-        if not address:
-            return self._scratch[:length]
-        return self._slab.at(address, min(length, _LONGEST_READ))
+        ``owner``: of leases and reservations, see ``Index``. ``replicate`` and ``on_end`` are called on the
+        event loop, the latter with what the client did wrong, if it did.
+        """
+        self._shared = shared
+        self._owner = owner
+        self._name = name
+        self._replicate = replicate
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.socket(fileno=os.dup(fd))
+        self._delivery = Delivery(shared.library, self._socket.fileno())
+        shared.open.add(self)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="polarkv-stream")
+        self.done = self._loop.run_in_executor(thread, self._serve, request_id)
+        thread.shutdown(wait=False)
+        self.done.add_done_callback(self._ended)
 
-    def received(self, count: int) -> None:
-        """So many bytes are in the last ``buffer``."""
-        if self._runs:
-            address, length = self._runs.pop()
-            if count < length:
-                self._runs.append((address and address + count, length - count))
-            return
-        self._words_read += count
-        self.ended = self._words_read == len(self._words)
+    def stop(self) -> None:
+        """Have it end soon."""
+        if self in self._shared.open:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:  # the client was quicker
+                pass
 
-    def commit(self) -> Message:
-        """Make visible what the client says, once all has come; the reply."""
-        blocks = len(self._reserved)
-        mask = bytes(self._words[8 * blocks :])
-        checksums = unpack_u64(bytes(self._words[: 8 * blocks])).tolist()
-        ours = [place for place, reserved in enumerate(self._reserved) if reserved]
-        count = 0
-        if self._has_slots:
-            count = self._index.commit(
-                self._owner,
-                self._reservation,
-                bytes(mask[place] for place in ours),
-                [checksums[place] for place in ours],
+    def _ended(self, done: asyncio.Future[BadFrame | None]) -> None:
+        self._shared.open.discard(self)
+        self._socket.close()
+        if (error := done.exception()) is not None:
+            _logger.error("the stream of %s failed", self._name, exc_info=error)
+        self._on_end(done.result() if error is None else None)
+
+    def _serve(self, request_id: int) -> BadFrame | None:
+        """Runs in the thread until the connection ends; returns what the client did wrong, if it did."""
+        try:
+            self._delivery.send(encode_frame(Streaming(request_id)))
+            while True:
+                self._answer(decode_from_client(self._delivery.frame()))
+        except BadFrame as error:
+            return error
+        except TimeoutError:
+            _logger.warning("%s was too slow in reading or writing blocks", self._name)
+        except OSError as error:
+            _logger.debug("%s is gone: %s", self._name, error)
+        return None
+
+    def _answer(self, request: FromClient) -> None:
+        index, owner = self._shared.index, self._owner
+        reply: Message | None
+        match request:
+            case Pull():
+                self._send_blocks(request)
+                return
+            case Store():
+                keys, parents = split_keys(request.keys), split_keys(request.parents)
+                slots = index.reserve(owner, keys, parents, request.length)
+                self._receive_blocks(slots.number, slots.addresses, request.length)
+                reply = Stored(request.request_id, slots.states)
+            case Fill():
+                reply = Committed(request.request_id, self._receive_blocks(request.reservation))
+            case Replicate():
+                self._loop.call_soon_threadsafe(self._replicate, request)
+                return
+            case _:
+                reply = answer(index, self._shared.notes, owner, request)
+        if reply is not None:
+            self._delivery.send(encode_frame(reply))
+
+    def _send_blocks(self, request: Pull) -> None:
+        """Answer a pull: its blocks are leased until the socket has taken them."""
+        index = self._shared.index
+        parts = request.parts()
+        first, last = parts[0][0] == 0, sum(parts[-1]) == request.length
+        lease = index.locate(self._owner, split_keys(request.keys), MAX_LEASE_S, counted=first)
+        try:
+            lengths = lease.lengths
+            count = next((at for at, length in enumerate(lengths) if length != request.length), len(lengths))
+            sent_bytes = count * sum(size for _, size in parts)
+            checksums, generations = pack_u64(lease.checksums[:count]), pack_u64(lease.generations[:count])
+            head = encode_frame(Pulled(request.request_id, checksums, generations))
+            head += sent_bytes.to_bytes(8, "little")
+            whole = pack_u64((0, request.length))
+            self._delivery.send(
+                head, lease.addresses[:count], request.part_blob or whole, _SEND_BY * MAX_LEASE_S
             )
-        return self._reply(count)
+        finally:
+            index.release(self._owner, lease.number)
+        # Of blocks that come in parts, with the last one.
+        self._shared.count(count if last else 0, sent_bytes)
 
-    def abandon(self) -> None:
-        """The client is gone: nothing writes to the slots any more."""
-        if self._has_slots and self._index.is_reserved(self._owner, self._reservation):
-            count = sum(self._reserved)
-            self._index.commit(self._owner, self._reservation, bytes(count), [0] * count)
+    def _receive_blocks(
+        self, reservation: int, addresses: Sequence[int] | None = None, length: int = 0
+    ) -> int:
+        """Have the blocks of a reservation filled and commit them; how many are visible then.
 
-
-def runs(addresses: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """(address, bytes) of blocks of one length, those that follow each other as one; 0 is no address."""
-    found: list[tuple[int, int]] = []
-    for address in addresses:
-        if found:
-            start, size = found[-1]
-            if (start + size == address) if address and start else address == start:
-                found[-1] = (start, size + length)
-                continue
-        found.append((address, length))
-    return found
-
-
-def send_blocks(
-    index: Index,
-    slab: SlabView,
-    owner: int,
-    request: Pull,
-    parts: Sequence[tuple[int, int]],
-    transport: asyncio.Transport,
-) -> int:
-    """Answer a pull; how many blocks that sends ``parts`` of: where each begins in a block, and its bytes.
-
-    They are leased until the socket has taken them; a client that lets the lease end before is cut off, since
-    what it reads after that may not be what was asked for.
-    """
-    lease = index.locate(owner, split_keys(request.keys), MAX_LEASE_S, counted=parts[0][0] == 0)
-    count = next(
-        (at for at, length in enumerate(lease.lengths) if length != request.length), len(lease.lengths)
-    )
-    checksums, generations = pack_u64(lease.checksums[:count]), pack_u64(lease.generations[:count])
-    head = encode_frame(Pulled(request.request_id, checksums, generations))
-    head += (count * sum(size for _, size in parts)).to_bytes(8, "little")
-    addresses = lease.addresses[:count]
-    if request.part_blob:
-        views = [slab.at(address + start, size) for address in addresses for start, size in parts]
-    else:
-        views = slab.blocks(addresses, request.length)
-    transport.writelines([head, *views])
-    loop = asyncio.get_running_loop()
-
-    def release_once_sent() -> None:
-        if transport.is_closing() or not transport.get_write_buffer_size():
-            index.release(owner, lease.number)
-        elif index.is_leased(owner, lease.number):
-            loop.call_later(_SENT_CHECK_S, release_once_sent)
-        else:
-            transport.abort()
-
-    if lease.number:
-        # Not at once: to uvloop the buffer is empty until it has tried to write.
-        loop.call_later(_SENT_CHECK_FIRST_S, release_once_sent)
-    return count
+        ``addresses``: of the slots that it has, 0 for what comes to nobody, and the length of blocks; None:
+        all of its own. Raises BadFrame for a reservation that is over, or is another's.
+        """
+        index, owner = self._shared.index, self._owner
+        slots = index.fill(owner, reservation) if reservation else None
+        if addresses is None:
+            if slots is None:
+                raise BadFrame("a fill of a reservation that is over")
+            addresses, length = slots.addresses, slots.length
+        blocks = len(addresses)
+        trailer = bytearray(_TRAILER_BYTES * blocks)
+        left_s = slots.left_s if slots is not None else MAX_LEASE_S
+        try:
+            self._delivery.receive(trailer, len(trailer), addresses, pack_u64((0, length)), left_s)
+        except BaseException:
+            index.give_up(owner, reservation)
+            raise
+        if slots is None:
+            return 0
+        checksums, mask = unpack_u64(trailer[: 8 * blocks]).tolist(), trailer[8 * blocks :]
+        ours = [place for place, address in enumerate(addresses) if address]
+        return index.commit(
+            owner, reservation, bytes([mask[at] for at in ours]), [checksums[at] for at in ours]
+        )

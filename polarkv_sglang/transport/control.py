@@ -56,9 +56,11 @@ from polarkv_sglang.transport.messages import (
     Reserve,
     Reserved,
     Role,
+    StartStream,
     Statistics,
     Store,
     Stored,
+    Streaming,
     Welcome,
 )
 from polarkv_sglang.transport.quick import QuickSocket
@@ -178,6 +180,8 @@ class ControlConnection:
     @overload
     def request(self, message: Fetch, deadline_s: float) -> Fetched: ...
     @overload
+    def request(self, message: StartStream, deadline_s: float) -> Streaming: ...
+    @overload
     def request(self, message: Peek, deadline_s: float) -> Peeked: ...
     @overload
     def request(self, message: Statistics, deadline_s: float) -> NodeStatistics: ...
@@ -194,9 +198,13 @@ class ControlConnection:
         return reply
 
     @property
-    def streams(self) -> bool:
+    def can_stream(self) -> bool:
         """Whether blocks can go through this connection: not over TLS, which would have to encrypt them."""
         return self._quick is not None
+
+    def start_streaming(self, deadline_s: float) -> None:
+        """Let blocks go through this connection from now on; see ``StartStream``. Raises as ``request``."""
+        self.request(StartStream(self.next_id()), deadline_s)
 
     def give_up(self, reason: str) -> NodeError:
         """Close the connection after an exchange that failed on it; the error to report.
@@ -371,6 +379,8 @@ def answers(reply: FromNode, request: Request) -> bool:
         case ((Commit() | Fill()), Committed()):
             return reply.request_id == request.request_id
         case Renew(), Renewed():
+            return reply.request_id == request.request_id
+        case StartStream(), Streaming():
             return reply.request_id == request.request_id
         case Statistics(), NodeStatistics():
             return reply.request_id == request.request_id

@@ -70,7 +70,7 @@ def encode_frame(message: Message) -> bytearray:
     return buffer
 
 
-def decode_from_client(frame: bytes) -> FromClient:
+def decode_from_client(frame: bytes | memoryview) -> FromClient:
     """What a client sent; BadFrame if it is no valid message of a client."""
     try:
         return _from_client.decode(frame)

@@ -15,7 +15,7 @@ from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.transport.columns import seal, unpack_u64
 from polarkv_sglang.transport.shared import SharedHandle
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
 MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
@@ -275,10 +275,26 @@ class Fetched(Message, frozen=True, tag="fetched"):
         _check_columns(len(self.states), self.checksum_blob, self.generation_blob)
 
 
-class Pull(Message, frozen=True, tag="pull"):
-    """Read blocks of ``length`` bytes through this connection: for links with nothing better than TCP.
+class StartStream(Message, frozen=True, tag="start_stream"):
+    """Let blocks go through this connection: for links with nothing better than TCP, not over TLS.
 
-    Or parts of them, the same of each: so layers can come one after another, by a Pull each. Not over TLS.
+    From then on the node has a thread for it, which takes ``Pull``, ``Store``, ``Fill``, ``Replicate``, and
+    what is answered from index or notes alone. Nothing may be sent before ``Streaming`` has come.
+    """
+
+    request_id: Count
+
+
+class Streaming(Message, frozen=True, tag="streaming"):
+    """Blocks may be sent and asked for."""
+
+    request_id: Count
+
+
+class Pull(Message, frozen=True, tag="pull"):
+    """Read blocks of ``length`` bytes through a connection that streams.
+
+    Or parts of them, the same of each: so layers can come one after another, by a Pull each.
     """
 
     request_id: Count
@@ -322,10 +338,10 @@ class Pulled(Message, frozen=True, tag="pulled"):
 
 
 class Store(Message, frozen=True, tag="store"):
-    """Write few blocks through this connection: in one exchange, where most of them will be new.
+    """Write few blocks through a connection that streams: in one exchange, where most of them will be new.
 
     Behind this frame come the bytes of all blocks, whatever becomes of them, then per block a checksum
-    (little-endian u64), then per block one byte: 1 if it is to be stored. Not over TLS.
+    (little-endian u64), then per block one byte: 1 if it is to be stored.
     """
 
     request_id: Count
@@ -347,9 +363,10 @@ class Stored(Message, frozen=True, tag="stored"):
 
 
 class Fill(Message, frozen=True, tag="fill"):
-    """Write the blocks of a reservation through this connection, and commit them; answered by ``Committed``.
+    """Write the blocks of a reservation, and commit them, through a connection that streams.
 
-    Behind this frame comes what comes behind ``Store``, for the keys in state RESERVED only.
+    Behind this frame comes what comes behind ``Store``, for the keys in state RESERVED only; ``Committed``
+    answers it.
     """
 
     request_id: Count
@@ -476,7 +493,19 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
 
 
 Answered = (
-    Reserve | Commit | Locate | Hold | Renew | Fetch | Pull | Store | Fill | Peek | ReadNotes | Statistics
+    Reserve
+    | Commit
+    | Locate
+    | Hold
+    | Renew
+    | Fetch
+    | StartStream
+    | Pull
+    | Store
+    | Fill
+    | Peek
+    | ReadNotes
+    | Statistics
 )
 Request = Answered | Release | ReportCorrupt | Replicate | WriteNotes | View
 Reply = (
@@ -486,6 +515,7 @@ Reply = (
     | Held
     | Renewed
     | Fetched
+    | Streaming
     | Pulled
     | Stored
     | Peeked

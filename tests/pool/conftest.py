@@ -1,4 +1,4 @@
-"""A memory node that only TCP leads to, and a connection to it."""
+"""A memory node that only TCP leads to, and a connection to it that blocks may go through."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from polarkv_sglang.transport.control import ControlConnection
+from tests.pool.streams import streaming
 from tests.support import RunningNode, running_node
 
 
@@ -18,5 +19,5 @@ def node() -> Iterator[RunningNode]:
 
 @pytest.fixture
 def control(node: RunningNode) -> Iterator[ControlConnection]:
-    with node.connect() as control:
+    with streaming(node) as control:
         yield control

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.framing import encode_frame
 from polarkv_sglang.transport.messages import Fill, KeyState, Pull, Pulled, Store, Stored
 from polarkv_sglang.transport.stream import Answer, Call, exchange
+from tests.support import RunningNode
 
 PIECE, PIECES = 12 << 10, 2
 BLOCK = PIECE * PIECES
@@ -39,6 +42,14 @@ class Memory:
     def blocks(self) -> np.ndarray:
         """Their bytes, in order."""
         return self.bytes[self.places].reshape(-1, BLOCK)
+
+
+@contextlib.contextmanager
+def streaming(node: RunningNode) -> Iterator[ControlConnection]:
+    """A connection that blocks may go through."""
+    with node.connect() as control:
+        control.start_streaming(5.0)
+        yield control
 
 
 def call(

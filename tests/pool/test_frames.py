@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import struct
@@ -39,11 +40,13 @@ from polarkv_sglang.transport.messages import (
     ReportCorrupt,
     Reserve,
     Role,
+    StartStream,
     Statistics,
     Store,
     View,
     WriteNotes,
 )
+from tests.pool.streams import streaming
 from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node
 
@@ -63,17 +66,23 @@ class Fuzzer:
             self._garbage, self._mutated, self._truncated, self._oversized, self._nonsense, self._misdirected,
         ]  # fmt: skip
 
-    def connection(self) -> tuple[bytes, int]:
-        """What one client sends, and how many frames that is: the harmful one comes last."""
+    def connection(self) -> tuple[bool, bytes, int]:
+        """What one client sends, and how many frames that is: the harmful one comes last.
+
+        First, whether that comes on a connection that streams already.
+        """
         rng = self._rng
         frames = []
-        if rng.random() < 0.8:
+        streams = rng.random() < 0.2
+        if streams:
+            frames += [self._encode(self._message()) for _ in range(rng.randrange(8))]
+        elif rng.random() < 0.8:
             hello = self._hello()
             frames += [self._encode(hello), self._encode(Proof(b""))]
             if hello.role == "rank":
                 frames += [self._encode(self._message()) for _ in range(rng.randrange(16))]
         frames.append(rng.choice(self._harmful)())
-        return b"".join(frames), len(frames)
+        return streams, b"".join(frames), len(frames)
 
     def _encode(self, message: Message) -> bytes:
         return bytes(encode_frame(message))
@@ -91,7 +100,7 @@ class Fuzzer:
         keys = rng.randbytes(16 * count)
         number = rng.choice([0, 1, rng.getrandbits(32), rng.getrandbits(63)])
         column = rng.randbytes(8 * count)
-        choice = rng.randrange(17)
+        choice = rng.randrange(18)
         if choice == 0:
             return Reserve(
                 number, keys, rng.choice([keys, NO_PARENT * count]), rng.choice([1, 4096, 1 << 40])
@@ -128,6 +137,8 @@ class Fuzzer:
             return WriteNotes(keys, [rng.randbytes(rng.randrange(1, 999)) for _ in range(count)])
         if choice == 15:
             return ReadNotes(number, keys)
+        if choice == 16:
+            return StartStream(number)
         return Peek(number, keys)
 
     def _garbage(self) -> bytes:
@@ -168,15 +179,27 @@ class Fuzzer:
         return self._encode(rng.choice(messages))
 
 
+def _socket(node: RunningNode) -> socket.socket:
+    return socket.create_connection(parse_address(node.address))
+
+
+def _streaming_socket(node: RunningNode) -> socket.socket:
+    with streaming(node) as control:
+        return socket.socket(fileno=os.dup(control.fileno()))
+
+
 def bombard(node: RunningNode, fuzzer: Fuzzer, frames: int) -> None:
     """Send so many frames; every connection is ended by the node, after our last word at the latest."""
     waiting: deque[socket.socket] = deque()
     sent = 0
     while sent < frames or waiting:
         if sent < frames:
-            data, count = fuzzer.connection()
+            streams, data, count = fuzzer.connection()
             sent += count
-            sock = socket.create_connection(parse_address(node.address), timeout=10.0)
+            sock = (
+                _streaming_socket(node) if streams else socket.create_connection(parse_address(node.address))
+            )
+            sock.settimeout(10.0)
             waiting.append(sock)
             try:
                 sock.sendall(data)

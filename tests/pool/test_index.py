@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Generator
 
 import pytest
@@ -127,7 +128,7 @@ def test_leased_block_is_not_evicted_until_released():
     pool.put(keys)
     lease = pool.index.locate(1, keys, 10.0)
     assert pool.put(chain("b", 1)) == bytes([KeyState.NO_ROOM])
-    assert pool.index.refused == {"no_room": 1}
+    assert pool.index.refused() == {"no_room": 1}
     pool.index.release(1, lease.number)
     assert pool.put(chain("b", 1)) == bytes([KeyState.RESERVED])
 
@@ -222,6 +223,59 @@ def test_reserved_slot_is_not_reused_before_it_expires():
     assert pool.present(keys) == [False] * 16
     statistics = pool.index.statistics()
     assert (statistics.expired_reservations_total, statistics.late_commits_total) == (1, 16)
+
+
+def test_slot_that_is_being_filled_is_kept_until_that_ends():
+    pool = Pool()
+    keys = chain("a", 16)
+    reservation = pool.index.reserve(1, keys, [NO_PARENT, *keys[:-1]], SLOT)
+    assert pool.index.fill(1, reservation.number) == (reservation.addresses, SLOT, RESERVATION_S)
+    pool.now += RESERVATION_S + 1
+    assert pool.put(chain("b", 1)) == bytes([KeyState.NO_ROOM])
+    pool.index.give_up(1, reservation.number)
+    assert pool.index.fill(1, reservation.number) is None
+    assert pool.put(chain("b", 1)) == bytes([KeyState.RESERVED])
+    assert pool.index.statistics().expired_reservations_total == 1
+
+
+def test_threads_take_turns():
+    """Each at what it may do to any block; the memory is small, so they evict each other's."""
+    pool = Pool()
+    names = [chain(name, 8) for name in "abcd"]
+    failed: list[BaseException] = []
+
+    def work(owner: int) -> None:
+        dice = random.Random(owner)
+        try:
+            for _ in range(1500):
+                keys = dice.choice(names)
+                made = pool.index.reserve(owner, keys, [NO_PARENT, *keys[:-1]], SLOT)
+                lease = pool.index.locate(owner, keys, 1.0)
+                if made.number and pool.index.fill(owner, made.number) is not None:
+                    count = made.states.count(KeyState.RESERVED)
+                    pool.index.commit(owner, made.number, b"\1" * count, [owner] * count)
+                pool.index.peek(keys)
+                pool.index.report_corrupt(keys[-1:], lease.generations[-1:])
+                pool.index.release(owner, lease.number)
+                pool.index.expire()
+        except BaseException as error:  # noqa: BLE001 # told by the test's thread
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(owner,)) for owner in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    pool.index.check_integrity()
+    rest = pool.index.statistics()
+    assert (rest.leases, rest.reservations, rest.leased_bytes) == (0, 0, 0)
+    assert rest.evictions_total > 0
 
 
 def test_aborted_slot_is_free_at_once():
@@ -331,7 +385,7 @@ def test_block_longer_than_a_segment_is_refused_with_one_warning(caplog: pytest.
     pool = Pool()
     for _ in range(3):
         assert pool.put(chain("a", 1), length=SEGMENT + 1) == bytes([KeyState.NO_ROOM])
-    assert pool.index.refused == {"too_long": 3}
+    assert pool.index.refused() == {"too_long": 3}
     assert [record.message for record in caplog.records] == [
         "a block of 16385 B is longer than a segment of 16384 B and was refused; raise --segment"
     ]

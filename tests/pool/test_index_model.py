@@ -68,6 +68,7 @@ class Written:
     length: int
     addresses: dict[bytes, int]  # by reserved key
     deadline: float
+    filled: bool = False
 
 
 @dataclass
@@ -106,7 +107,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def expire(self) -> None:
         self.index.expire()
-        self.written = [write for write in self.written if write.deadline > self.now]
+        self.written = [write for write in self.written if write.filled or write.deadline > self.now]
         self.read = [read for read in self.read if read.deadline > self.now]
 
     def write_pages(self, address: int, length: int, content: object) -> None:
@@ -207,6 +208,23 @@ class IndexMachine(RuleBasedStateMachine):
                 self.committed[key] = Stored(address, write.length, checksum, 0)
                 self.write_pages(address, write.length, checksum)
         self.use(write.addresses)
+
+    @rule(write=writes)
+    def fill(self, write: Written) -> None:
+        assert self.index.fill(write.owner + 1, write.number) is None
+        slots = self.index.fill(write.owner, write.number)
+        if write not in self.written:
+            assert slots is None
+            return
+        write.filled = True
+        assert slots == ([*write.addresses.values()], write.length, write.deadline - self.now)
+
+    @rule(write=consumes(writes))
+    def give_up(self, write: Written) -> None:
+        self.index.give_up(write.owner + 1, write.number)  # not its reservation
+        self.index.give_up(write.owner, write.number)
+        if write in self.written:
+            self.written.remove(write)
 
     @rule(write=writes)
     def commit_by_another_is_nothing(self, write: Written) -> None:

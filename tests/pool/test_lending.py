@@ -20,14 +20,14 @@ from polarkv_sglang.transport import load_library
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import Store
 from polarkv_sglang.transport.stream import Answer, Call, exchange
-from tests.pool.streams import BLOCK, PIECE, Memory, call, keys, pull
+from tests.pool.streams import BLOCK, PIECE, Memory, call, keys, pull, streaming
 from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node
 
 
 def test_large_writes_to_two_nodes_go_at_once(control: ControlConnection):
     under, sources = keys(400), (Memory(400), Memory(400, seed=2))
-    with running_node("64MiB", "--ucx-tls", "tcp") as node, node.connect() as other:
+    with running_node("64MiB", "--ucx-tls", "tcp") as node, streaming(node) as other:
         calls = [
             Call(each, Store(each.next_id(), under, NO_PARENT + under[:-16], BLOCK), source.addresses)
             for each, source in zip((control, other), sources)
@@ -137,6 +137,7 @@ def test_memory_that_is_used_again_after_a_write_failed_is_in_no_block(node: Run
         stalling_way(node, 400 * BLOCK - (1 << 20), over) as address,
         ControlConnection.connect(address, token=None, role="rank", client="test", deadline_s=5.0) as control,
     ):
+        control.start_streaming(5.0)
         request = Store(control.next_id(), under, NO_PARENT + under[:-16], BLOCK)
         answer = call(control, request, source, deadline_s=1.0)
         source.bytes[:] = 0

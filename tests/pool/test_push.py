@@ -29,8 +29,8 @@ from polarkv_sglang.transport.messages import (
     Peeked,
     Release,
     Reserve,
+    StartStream,
     Statistics,
-    Store,
 )
 from polarkv_sglang.transport.tls import client_context
 from tests.certificates import Authority
@@ -311,7 +311,7 @@ def test_rank_with_tls_reads_by_put_and_writes_over_ucx(tmp_path: Path):
         ]
         assert operations == [12 + 1, 1]  # and a little, to see that the node can be reached
         with secured(node, tls) as control:
-            control.send(Store(1, keys(1), NO_PARENT, 4096))
+            control.send(StartStream(1))
             with pytest.raises(NodeError):
                 control.receive(time.monotonic() + 5.0)
         with secured(node, tls) as control:

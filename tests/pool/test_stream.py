@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.pool.stream import runs
 from polarkv_sglang.transport.columns import pack_u64
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.framing import encode_frame
@@ -105,8 +104,3 @@ def test_any_number_of_stores_may_come_at_once(control: ControlConnection):
     send(control, bytes(encode_frame(Store(1, b"", b"", 1))) * count)
     for _ in range(count):
         assert control.receive(time.monotonic() + 5.0) == Stored(1, b"")
-
-
-def test_blocks_that_follow_each_other_are_one_run():
-    assert runs([100, 110, 120, 200, 210, 90], 10) == [(100, 30), (200, 20), (90, 10)]
-    assert runs([0, 0, 100, 0], 10) == [(0, 20), (100, 10), (0, 10)]

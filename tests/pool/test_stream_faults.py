@@ -9,18 +9,27 @@ import threading
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.pool.index import RESERVATION_S
-from polarkv_sglang.pool.stream import SlabView, Upload
 from polarkv_sglang.transport import load_library
 from polarkv_sglang.transport.columns import pack_u64
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.framing import encode_frame
-from polarkv_sglang.transport.messages import Fill, Pull, Pulled, Reserve, Stored
+from polarkv_sglang.transport.messages import (
+    Fill,
+    Message,
+    Peek,
+    Pull,
+    Pulled,
+    Request,
+    Reserve,
+    StartStream,
+    Statistics,
+    Stored,
+    View,
+)
 from polarkv_sglang.transport.stream import Answer, Call, exchange
 from tests.pool.streams import (
     BLOCK,
@@ -34,15 +43,15 @@ from tests.pool.streams import (
     pull,
     send,
     store,
+    streaming,
 )
-from tests.pool.test_index import Pool
 from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node
 from tests.transport.test_control import connect, handshake, scripted_node, until_closed
 
 
 def test_writer_that_stalls_holds_up_nobody_and_leaves_nothing(node: RunningNode, control: ControlConnection):
-    with node.connect() as stalled:
+    with streaming(node) as stalled:
         send(stalled, half_a_store(stalled, first=100))
         eventually(lambda: node.statistics().reservations == 1)
         assert store(control, Memory(8), keys(8)) == [RESERVED] * 8
@@ -53,7 +62,7 @@ def test_writer_that_stalls_holds_up_nobody_and_leaves_nothing(node: RunningNode
 
 def test_reader_that_does_not_read_keeps_its_blocks_where_they_are_until_it_is_gone(node: RunningNode):
     count = 600  # more than the sockets' buffers hold
-    with node.connect() as writer, node.connect() as reader:
+    with streaming(node) as writer, streaming(node) as reader:
         for first in range(1, count, 100):
             store(writer, Memory(100), keys(100, first))
         for other in range(2):
@@ -65,29 +74,49 @@ def test_reader_that_does_not_read_keeps_its_blocks_where_they_are_until_it_is_g
     eventually(lambda: node.statistics().leases == 0)
 
 
-def test_reservation_that_is_over_takes_no_more_bytes():
-    """The slot may be another's by then."""
-    pool = Pool()
-    reservation = pool.index.reserve(1, [keys(1)], [NO_PARENT], 4096)
-    slab = np.zeros(4096, np.uint8)
-    view = SlabView(slab.ctypes.data, slab.nbytes)
-    upload = Upload(
-        pool.index,
-        view,
-        memoryview(bytearray(1)),
-        1,
-        reservation.number,
-        [slab.ctypes.data],
-        4096,
-        lambda _: Stored(1, b"\0"),
-    )
-    assert upload.buffer() is not None
-    upload.received(100)
-    pool.now += RESERVATION_S + 1
-    pool.index.expire()
-    assert upload.buffer() is None
-    upload.abandon()
-    pool.index.check_integrity()
+def test_node_that_is_told_to_stop_does_not_wait_for_those_who_stall(node: RunningNode):
+    with streaming(node) as reader, streaming(node) as writer:
+        for first in range(1, 600, 100):
+            store(writer, Memory(100), keys(100, first))
+        for other in range(2):
+            reader.send(Pull(other, keys(600), BLOCK))
+        send(writer, half_a_store(writer, first=1000))
+        eventually(lambda: (node.statistics().leases, node.statistics().reservations) == (1, 1))
+        started = time.monotonic()
+        assert node.stop() == 0
+        assert time.monotonic() - started < 5.0
+
+
+@pytest.mark.parametrize(
+    "behind", [Peek(2, keys(1)), StartStream(2)], ids=["a request", "the same once more"]
+)
+def test_what_comes_before_streaming_was_answered_ends_the_connection(node: RunningNode, behind: Message):
+    with node.connect() as control:
+        send(control, bytes(encode_frame(StartStream(1)) + encode_frame(behind)))
+        with pytest.raises(NodeError):
+            control.receive(time.monotonic() + 5.0)
+    assert node.statistics().bad_frames_total == 1
+
+
+@pytest.mark.parametrize(
+    "request_", [StartStream(2), Statistics(2), View({})], ids=["again", "statistics", "view"]
+)
+def test_what_a_stream_does_not_take_ends_the_connection(
+    node: RunningNode, control: ControlConnection, request_: Request
+):
+    control.send(request_)
+    with pytest.raises(NodeError):
+        control.receive(time.monotonic() + 5.0)
+    eventually(lambda: (node.statistics().connections, node.statistics().bad_frames_total) == (1, 1))
+
+
+@pytest.mark.parametrize("request_", [Pull(1, keys(1), BLOCK), Fill(1, 1)], ids=["pull", "fill"])
+def test_blocks_pass_only_where_they_may(node: RunningNode, request_: Pull | Fill):
+    with node.connect() as control:
+        control.send(request_)
+        with pytest.raises(NodeError):
+            control.receive(time.monotonic() + 5.0)
+    assert node.statistics().bad_frames_total == 1
 
 
 # A memory node where reservations and leases of pulls last for an instant.
@@ -109,7 +138,7 @@ def hasty() -> Iterator[RunningNode]:
 
 
 def test_writer_that_is_late_loses_its_connection_and_nothing_else(hasty: RunningNode):
-    with hasty.connect() as late:
+    with streaming(hasty) as late:
         send(late, half_a_store(late))
         eventually(lambda: hasty.statistics().expired_reservations_total == 1)
         send(late, bytes(BLOCK))
@@ -120,18 +149,19 @@ def test_writer_that_is_late_loses_its_connection_and_nothing_else(hasty: Runnin
 
 def test_reader_that_does_not_read_is_cut_off_with_its_lease(hasty: RunningNode):
     count = 600  # more than the sockets' buffers hold
-    with hasty.connect() as writer:
+    with streaming(hasty) as writer:
         for first in range(1, count, 100):
             store(writer, Memory(100), keys(100, first))
-    with hasty.connect() as reader:
+    with streaming(hasty) as reader:
         for other in range(2):
             reader.send(Pull(other, keys(count), BLOCK))
-        eventually(lambda: hasty.statistics().expired_leases_total > 0)
+        eventually(lambda: hasty.statistics().leases > 0)
         eventually(lambda: hasty.statistics().connections == 1)
+        assert hasty.statistics().leases == 0
 
 
 def test_fill_of_a_reservation_that_is_anothers_ends_the_connection(node: RunningNode):
-    with node.connect() as one, node.connect() as two:
+    with streaming(node) as one, streaming(node) as two:
         reserved = one.request(Reserve(one.next_id(), keys(1), NO_PARENT, BLOCK), 5.0)
         answer = call(two, Fill(two.next_id(), reserved.reservation), Memory(1))
         assert isinstance(answer, NodeError)
