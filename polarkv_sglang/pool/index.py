@@ -33,6 +33,11 @@ _MAX_SUGGESTIONS = 8192
 
 _logger = logging.getLogger(__name__)
 
+# As plain numbers: a member of an enum takes a microsecond to look up.
+_PRESENT, _NO_ROOM, _BUSY = int(KeyState.PRESENT), int(KeyState.NO_ROOM), int(KeyState.BUSY)
+
+_NO_ROWS = np.empty(0, np.intp)
+
 _MethodT = TypeVar("_MethodT", bound=Callable[..., Any])
 
 
@@ -41,7 +46,8 @@ class _Writing(NamedTuple):
 
     owner: int
     deadline: float
-    rows: list[int]
+    keys: list[bytes]
+    rows: Rows
     filled: bool = False  # a thread of ours writes to its slots: it must not end before the thread does
 
 
@@ -116,7 +122,8 @@ class Index:
     """Blocks, who writes them and who reads them. For any thread; no call waits for anything but another.
 
     ``owner`` is a connection: only the owner can end its reservations and leases. If it disappears they
-    live on until they expire, since its transfers may still be under way; only its holds have none.
+    live on until they expire, since its transfers may still be under way. Its holds have none, and what a
+    thread of ours reads or fills for it ends with the thread.
     """
 
     def __init__(
@@ -126,7 +133,7 @@ class Index:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._lock = threading.RLock()  # a policy asks back
+        self._lock = threading.Lock()
         self._refused: Counter[str] = Counter()
         self._slab = slab
         self._policy = policy if policy is not None else LeastRecentlyUsed()
@@ -141,7 +148,7 @@ class Index:
         self._reservations: dict[int, _Writing] = {}
         self._leases = Leases(self._table, clock)
         self._numbers = itertools.count(1)
-        self._generations = itertools.count(1)
+        self._generation = 1  # of the next block
         self._tick = 0
         self._hits = self._misses = self._commits = self._late_commits = 0
         self._evictions = self._corrupt = self._expired_reservations = 0
@@ -149,39 +156,56 @@ class Index:
 
     @_alone
     def reserve(
-        self, owner: int, keys: Sequence[bytes], parents: Sequence[bytes], length: int
+        self,
+        owner: int,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        length: int,
+        *,
+        fill: bool = False,
     ) -> Reservation:
         """Slots for new blocks of ``length`` bytes, for RESERVATION_S seconds; evicts where it must.
 
-        Keys come in prefix order. Once one finds no room, later ones are not tried: without their head
-        they would be useless.
+        With ``fill`` they are being filled from the start, see there.
+
+        Keys come in prefix order. Once one finds no room, later ones get none: without their head they would
+        be useless.
         """
         addresses = [0] * len(keys)
         states = bytearray(len(keys))
-        reserved: list[int] = []
-        reason = None if self._slab.fits(length) else self._too_long(length)
         if not self._slab.has_room(length):
-            self.expire()
+            self._expire()
         # Before any eviction: a policy that has looked at the leaves relies on later uses having later ticks.
         self._table.use(self._rows(keys), self._advance(len(keys)))
-        with closing(self._policy.suggestions(self)) as suggestions:
-            victims = itertools.islice(suggestions, _MAX_SUGGESTIONS)
-            for position, (key, parent) in enumerate(zip(keys, parents, strict=True)):
-                if key in self._committed:
-                    states[position] = KeyState.PRESENT
-                elif key in self._reserved:
-                    states[position] = KeyState.BUSY
-                elif reason is None and (row := self._add(key, parent, length, victims)):
-                    reserved.append(row)
-                    addresses[position] = self._table.addresses[row]
-                else:
-                    reason = reason or "no_room"
-                    self._refused[reason] += 1
-                    states[position] = KeyState.NO_ROOM
-        if not reserved:
+        new: dict[bytes, int] = {}  # position, by key
+        again: list[int] = []  # positions of keys that are named once more
+        for position, key in enumerate(keys):
+            if key in self._committed:
+                states[position] = _PRESENT
+            elif key in self._reserved:
+                states[position] = _BUSY
+            elif key in new:
+                again.append(position)
+            else:
+                new[key] = position
+        if not new:
+            return Reservation(0, addresses, bytes(states))
+        added, positions = list(new), list(new.values())
+        rows, slots = self._add(added, [parents[position] for position in positions], length)
+        for position, address in zip(positions, slots):
+            addresses[position] = address
+        for position in positions[len(slots) :]:
+            states[position] = _NO_ROOM
+        for position in again:
+            states[position] = _BUSY if addresses[new[keys[position]]] else _NO_ROOM
+        if _NO_ROOM in states:
+            reason = "no_room" if self._slab.fits(length) else self._too_long(length)
+            self._refused[reason] += states.count(_NO_ROOM)
+        if not slots:
             return Reservation(0, addresses, bytes(states))
         number = next(self._numbers)
-        self._reservations[number] = _Writing(owner, self._clock() + RESERVATION_S, reserved)
+        deadline = self._clock() + RESERVATION_S
+        self._reservations[number] = _Writing(owner, deadline, added[: len(slots)], rows, fill)
         return Reservation(number, addresses, bytes(states))
 
     @_alone
@@ -198,23 +222,21 @@ class Index:
         if not len(mask) == len(checksums) == len(reservation.rows):
             raise ValueError(f"{len(mask)} entries commit {len(reservation.rows)} reserved blocks")
         del self._reservations[number]
-        table = self._table
-        tick = self._advance(len(mask))
-        count = 0
-        for position, row in enumerate(reservation.rows):
-            if not mask[position]:
-                self._abort(row)
-                continue
-            key = table.keys[row]
+        chosen = np.frombuffer(mask, np.uint8) != 0
+        ticks = np.arange(tick := self._advance(len(mask)), tick - len(mask), -1, dtype=np.uint64)
+        keys, rows = reservation.keys, reservation.rows
+        if not chosen.all():
+            self._abort(list(itertools.compress(keys, ~chosen)), rows[~chosen])
+            keys, checksums = list(itertools.compress(keys, mask)), list(itertools.compress(checksums, mask))
+            rows, ticks = rows[chosen], ticks[chosen]
+        for key in keys:
             del self._reserved[key]
-            self._committed[key] = row
-            table.checksums[row] = checksums[position]
-            table.last_uses[row] = tick - position
-            count += 1
-            if not table.children[row]:
-                self._policy.add_leaf(row, tick - position)
-        self._commits += count
-        return count
+        self._committed.update(zip(keys, rows.tolist()))
+        if keys:
+            for row in self._table.commit(rows, checksums, ticks).tolist():
+                self._policy.add_leaf(row, self._table.last_uses[row])
+        self._commits += len(keys)
+        return len(keys)
 
     @_alone
     def fill(self, owner: int, number: int) -> Slots | None:
@@ -226,7 +248,7 @@ class Index:
         if held is None or held.owner != owner:
             return None
         self._reservations[number] = held._replace(filled=True)
-        places = self._table.places(np.array(held.rows, np.intp))
+        places = self._table.places(held.rows)
         return Slots(places.addresses, places.lengths[0], held.deadline - self._clock())
 
     @_alone
@@ -236,7 +258,8 @@ class Index:
         if held is None or held.owner != owner:
             return
         self._expired_reservations += held.deadline <= self._clock()
-        self._abort_all(number)
+        del self._reservations[number]
+        self._abort(held.keys, held.rows)
 
     @_alone
     def locate(self, owner: int, keys: Sequence[bytes], lease_s: float, *, counted: bool = True) -> Lease:
@@ -297,7 +320,7 @@ class Index:
             if self._table.leases[row]:
                 self._quarantined.add(row)
             else:
-                self._free(row)
+                self._free([row])
 
     @_alone
     def peek(self, keys: Sequence[bytes]) -> bytes:
@@ -314,13 +337,7 @@ class Index:
     @_alone
     def expire(self) -> None:
         """End the leases and reservations whose time is over."""
-        now = self._clock()
-        for rows in self._leases.expire():
-            self._free_quarantined(rows)
-        for number, held in list(self._reservations.items()):
-            if held.deadline <= now and not held.filled:
-                self._expired_reservations += 1
-                self._abort_all(number)
+        self._expire()
 
     def leaf_last_use(self, row: int) -> int:
         """See ``Leaves``."""
@@ -361,7 +378,7 @@ class Index:
         """PolarError if blocks, holdings, children, policy and slab do not agree. For tests: takes O(n)."""
         table = self._table
         committed, quarantined = self._committed.values(), self._quarantined
-        reserved = [row for held in self._reservations.values() for row in held.rows]
+        reserved = [row for held in self._reservations.values() for row in held.rows.tolist()]
         in_use = [*committed, *reserved, *quarantined]
         table.check_integrity(in_use)
         rows = self._committed | self._reserved
@@ -391,6 +408,16 @@ class Index:
             _require(set(suggestions) == leaves, "the policy does not know every leaf")
         self._slab.check_integrity((table.addresses[row], table.lengths[row]) for row in in_use)
 
+    def _expire(self) -> None:
+        now = self._clock()
+        for rows in self._leases.expire():
+            self._free_quarantined(rows)
+        for number, held in list(self._reservations.items()):
+            if held.deadline <= now and not held.filled:
+                self._expired_reservations += 1
+                del self._reservations[number]
+                self._abort(held.keys, held.rows)
+
     def _rows(self, keys: Sequence[bytes]) -> Rows:
         """The row of each committed block, 0 for a miss."""
         return np.fromiter(map(self._committed.get, keys, itertools.repeat(0)), np.intp, len(keys))
@@ -409,29 +436,41 @@ class Index:
             )
         return "too_long"
 
-    def _add(self, key: bytes, parent: bytes, length: int, victims: Iterator[int]) -> int:
-        """The row of a newly reserved block; evicts, but not the parent. 0: no room."""
-        self._join(parent)
-        address = self._slab.allocate(length)
-        while address is None and (victim := next(victims, None)) is not None:
-            if self._evict(victim):
-                address = self._slab.allocate(length)
-        if address is None:
+    def _add(self, keys: list[bytes], parents: list[bytes], length: int) -> tuple[Rows, list[int]]:
+        """Rows and slots of newly reserved blocks, of the leading ones that there is room for."""
+        for parent in parents:  # before anything is evicted for their blocks
+            self._join(parent)
+        slots = self._slab.allocate(length, len(keys))
+        if len(slots) < len(keys) and self._slab.fits(length):
+            with closing(self._policy.suggestions(self)) as suggestions:
+                victims = itertools.islice(suggestions, _MAX_SUGGESTIONS)
+                while (missing := len(keys) - len(slots)) and self._evict(missing * length, victims):
+                    slots += self._slab.allocate(length, missing)
+        count = len(slots)
+        for parent in parents[count:]:
             self._leave(parent)
-            return 0
-        row = self._table.add(key, parent, address, length, next(self._generations))
-        self._table.children[row] = self._absent.pop(key, 0)
-        self._reserved[key] = row
-        return row
+        if not count:
+            return _NO_ROWS, slots
+        children = [self._absent.pop(key, 0) for key in keys[:count]]
+        rows = self._table.add(keys[:count], parents[:count], slots, length, self._generation, children)
+        self._generation += count
+        self._reserved.update(zip(keys, rows.tolist()))
+        return rows, slots
 
-    def _evict(self, row: int) -> bool:
-        """Evict a block, unless it is being written, read or continued."""
-        if not self.leaf_last_use(row) or self._table.leases[row]:
-            return False
-        self._forget(row)
-        self._free(row)
-        self._evictions += 1
-        return True
+    def _evict(self, wanted_bytes: int, victims: Iterator[int]) -> bool:
+        """Evict blocks of so many bytes that nobody writes, reads or continues; False if there are none."""
+        rows = []
+        for row in victims:
+            if not self.leaf_last_use(row) or self._table.leases[row]:
+                continue
+            self._forget(row)
+            rows.append(row)
+            wanted_bytes -= self._table.lengths[row]
+            if wanted_bytes <= 0:
+                break
+        self._free(rows)
+        self._evictions += len(rows)
+        return bool(rows)
 
     def _forget(self, row: int) -> None:
         """Let nobody find a committed block any more; its slot is the caller's to free."""
@@ -439,21 +478,19 @@ class Index:
         self._table.last_uses[row] = 0
         self._unlink(row)
 
-    def _abort_all(self, number: int) -> None:
-        """Undo a reservation."""
-        for row in self._reservations.pop(number).rows:
-            self._abort(row)
+    def _abort(self, keys: Sequence[bytes], rows: Rows) -> None:
+        """Undo the reservation of blocks."""
+        for key, row in zip(keys, rows.tolist()):
+            del self._reserved[key]
+            self._unlink(row)
+        self._free(rows.tolist())
 
-    def _abort(self, row: int) -> None:
-        """Undo the reservation of one block."""
-        del self._reserved[self._table.keys[row]]
-        self._unlink(row)
-        self._free(row)
-
-    def _free(self, row: int) -> None:
-        """Give the slot and the row of an unlinked block to others."""
-        self._slab.free(self._table.addresses[row])
-        self._table.discard(row)
+    def _free(self, rows: Sequence[int]) -> None:
+        """Give the slots and the rows of unlinked blocks to others."""
+        for row in rows:
+            self._slab.free(self._table.addresses[row])
+        if rows:
+            self._table.discard(np.array(rows, np.intp))
 
     def _unlink(self, row: int) -> None:
         """Take a block from between its parent and its children."""
@@ -492,7 +529,7 @@ class Index:
             for row in self._quarantined.intersection(rows.tolist()):
                 if not self._table.leases[row]:
                     self._quarantined.remove(row)
-                    self._free(row)
+                    self._free([row])
 
 
 def _require(condition: bool, text: str) -> None:

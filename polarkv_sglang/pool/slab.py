@@ -88,9 +88,22 @@ class _Segment:
         self.links = array("I")
         self.first_free = _NONE
 
+    def take(self, count: int) -> list[int]:
+        """Numbers of free slots, which are in use now; there must be as many."""
+        slots: list[int] = []
+        while len(slots) < count and (slot := self.first_free) != _NONE:
+            self.first_free = self.links[slot]
+            self.links[slot] = _IN_USE
+            slots.append(slot)
+        new = range(len(self.links), len(self.links) + count - len(slots))
+        self.links.extend([_IN_USE] * len(new))
+        slots += new
+        self.in_use += count
+        return slots
+
 
 class Slab:
-    """Hands out slots, in constant time, and never more than the capacity. Owned by one thread."""
+    """Hands out slots, each in constant time, and never more than the capacity. For one thread at a time."""
 
     def __init__(self, base_address: int, capacity_bytes: int, segment_bytes: int) -> None:
         """Raises ConfigError if no segment fits or segments are not whole pages."""
@@ -124,29 +137,26 @@ class Slab:
         """Whether ``allocate`` would find a slot now."""
         return self.fits(length) and bool(self._partial.get(_slot_bytes(length)) or self._unassigned)
 
-    def allocate(self, length: int) -> int | None:
-        """The address of a slot for ``length`` bytes, None if there is no room."""
+    def allocate(self, length: int, count: int = 1) -> list[int]:
+        """Addresses of slots for ``count`` blocks of ``length`` bytes; of fewer, as far as there is room."""
+        addresses: list[int] = []
         slot_bytes = _slot_bytes(length)
-        partial = self._partial.get(slot_bytes)
-        if partial is None:
-            if not self._unassigned or slot_bytes > self.segment_bytes:
-                return None
-            segment = self._unassigned.pop()
-            segment.slot_bytes = slot_bytes
-            partial = self._partial[slot_bytes] = {segment: None}
-        segment = next(reversed(partial))
-        slot = segment.first_free
-        if slot == _NONE:
-            slot = len(segment.links)
-            segment.links.append(_IN_USE)
-        else:
-            segment.first_free = segment.links[slot]
-            segment.links[slot] = _IN_USE
-        segment.in_use += 1
-        self.used_bytes += slot_bytes
-        if segment.in_use == self.segment_bytes // slot_bytes:
-            self._unlist(segment)
-        return segment.address + slot * slot_bytes
+        while len(addresses) < count:
+            partial = self._partial.get(slot_bytes)
+            if partial is None:
+                if not self._unassigned or slot_bytes > self.segment_bytes:
+                    break
+                segment = self._unassigned.pop()
+                segment.slot_bytes = slot_bytes
+                partial = self._partial[slot_bytes] = {segment: None}
+            segment = next(reversed(partial))
+            slots = self.segment_bytes // slot_bytes
+            taken = segment.take(min(count - len(addresses), slots - segment.in_use))
+            addresses += [segment.address + slot * slot_bytes for slot in taken]
+            self.used_bytes += len(taken) * slot_bytes
+            if segment.in_use == slots:
+                self._unlist(segment)
+        return addresses
 
     def free(self, address: int) -> None:
         """Take a slot back; KeyError if it is not in use."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from polarkv_sglang.identity import KEY_BYTES, NO_PARENT
 Rows = npt.NDArray[np.intp]
 _ONE = np.uint32(1)
 _NEVER = np.uint64(2**64 - 1)
+_KEY = np.dtype(f"V{KEY_BYTES}")
+_NO_KEY = np.frombuffer(NO_PARENT, _KEY)[0]
 
 
 class Places(NamedTuple):
@@ -51,33 +53,73 @@ class BlockTable:
         self._last_uses, self.last_uses = _column(rows, np.uint64)
         self._leases, self.leases = _column(rows, np.uint32)
         self._children, self.children = _column(rows, np.uint32)  # blocks that continue this one
-        self._free = _column(rows, np.uint32)[1]  # a stack
+        self._free, _ = _column(rows, np.uint32)  # a stack
         self._free_count = 0
         self._scan_rows = scan_rows
         self._used_rows = 1  # no row from here on was ever used
 
-    def add(self, key: bytes, parent: bytes, address: int, length: int, generation: int) -> int:
-        """The row of a new block that nobody may read yet."""
-        if self._free_count:
-            self._free_count -= 1
-            row: int = self._free[self._free_count]
+    def add(
+        self,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        addresses: Sequence[int],
+        length: int,
+        generation: int,
+        children: Sequence[int],
+    ) -> Rows:
+        """Rows of new blocks that nobody may read yet; ``generation`` is the first one's, and counts up."""
+        rows = self._take(len(keys))
+        if rows.size == 1:
+            row = rows.item()
+            self.keys[row], self.parents[row] = keys[0], parents[0]
+            self.addresses[row], self.lengths[row] = addresses[0], length
+            self.generations[row], self.children[row] = generation, children[0]
         else:
-            row = self._used_rows
-            self._used_rows += 1
-        self.keys[row] = key
-        self.parents[row] = parent
-        self.addresses[row] = address
-        self.lengths[row] = length
-        self.generations[row] = generation
-        return row
+            self.keys.put(rows, keys)
+            self.parents.put(rows, parents)
+            self._addresses[rows] = addresses
+            self._lengths[rows] = length
+            self._generations[rows] = np.arange(generation, generation + rows.size, dtype=np.uint64)
+            self._children[rows] = children
+        return rows
 
-    def discard(self, row: int) -> None:
-        """Forget a block that is neither leased nor continued."""
-        self.keys[row] = self.parents[row] = NO_PARENT
-        self.addresses[row] = self.lengths[row] = self.checksums[row] = 0
-        self.generations[row] = self.last_uses[row] = 0
-        self._free[self._free_count] = row
-        self._free_count += 1
+    def commit(self, rows: Rows, checksums: Sequence[int], last_uses: npt.NDArray[np.uint64]) -> Rows:
+        """Blocks that may be read from now on; those of them that no other continues."""
+        if rows.size == 1:
+            row = rows.item()
+            self.checksums[row], self.last_uses[row] = checksums[0], last_uses.item()
+            return rows[:0] if self.children[row] else rows
+        self._checksums[rows] = np.array(checksums, np.uint64)
+        self._last_uses[rows] = last_uses
+        leaves: Rows = rows[self._children[rows] == 0]
+        return leaves
+
+    def discard(self, rows: Rows) -> None:
+        """Forget blocks that are neither leased nor continued."""
+        if rows.size == 1:
+            row = rows.item()
+            self.keys[row] = self.parents[row] = NO_PARENT
+            self.addresses[row] = self.lengths[row] = self.checksums[row] = 0
+            self.generations[row] = self.last_uses[row] = 0
+        else:
+            for keys in (self.keys, self.parents):
+                keys.clear(rows)
+            for column in (
+                self._addresses, self._lengths, self._checksums, self._generations, self._last_uses
+            ):  # fmt: skip
+                column[rows] = 0
+        self._free[self._free_count : self._free_count + rows.size] = rows
+        self._free_count += rows.size
+
+    def _take(self, count: int) -> Rows:
+        """Rows of no block."""
+        used = min(count, self._free_count)
+        self._free_count -= used
+        again = self._free[self._free_count : self._free_count + used]
+        first = self._used_rows
+        self._used_rows += count - used
+        rows: Rows = np.concatenate((again, np.arange(first, self._used_rows))).astype(np.intp)
+        return rows
 
     def places(self, rows: Rows) -> Places:
         """Of any rows."""
@@ -153,16 +195,25 @@ class BlockTable:
 class _KeyColumn:
     """Keys in one mapping; as objects of their own they would take four times the memory."""
 
-    __slots__ = ("_mapping",)
+    __slots__ = ("_array", "_mapping")
 
     def __init__(self, rows: int) -> None:
         self._mapping = mmap.mmap(-1, rows * KEY_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._array = np.frombuffer(self._mapping, _KEY)
 
     def __getitem__(self, row: int) -> bytes:
         return self._mapping[row * KEY_BYTES : (row + 1) * KEY_BYTES]
 
     def __setitem__(self, row: int, key: bytes) -> None:
         self._mapping[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
+
+    def put(self, rows: Rows, keys: Sequence[bytes]) -> None:
+        """Set those of many rows."""
+        self._array[rows] = np.frombuffer(b"".join(keys), _KEY)
+
+    def clear(self, rows: Rows) -> None:
+        """Set those of many rows to NO_PARENT."""
+        self._array[rows] = _NO_KEY
 
 
 def _column(

@@ -285,6 +285,16 @@ def test_aborted_slot_is_free_at_once():
     assert pool.put(chain("b", 1), length=SEGMENT) == bytes([KeyState.RESERVED])
 
 
+def test_any_byte_but_zero_in_a_mask_commits():
+    pool = Pool()
+    keys = chain("a", 4)
+    reservation = pool.index.reserve(1, keys, [NO_PARENT, *keys[:-1]], SLOT)
+    assert pool.index.commit(1, reservation.number, b"\2\xff\0\1", [5, 6, 7, 8]) == 3
+    assert pool.present(keys) == [True, True, False, True]
+    assert pool.index.locate(1, keys, 1.0).checksums == [5, 6, 0, 8]
+    pool.index.check_integrity()
+
+
 def test_commit_with_another_number_of_blocks_is_refused_and_changes_nothing():
     pool = Pool()
     keys = chain("a", 2)

@@ -17,16 +17,22 @@ SEGMENT = 16 * 4096
 BASE = 1 << 40
 
 
-def fill(slab: Slab, length: int) -> list[int]:
-    addresses = []
-    while (address := slab.allocate(length)) is not None:
-        addresses.append(address)
+def fill(slab: Slab, length: int, at_once: int = 1) -> list[int]:
+    addresses: list[int] = []
+    while some := slab.allocate(length, at_once):
+        addresses += some
     return addresses
 
 
-def test_capacity_is_never_exceeded():
+def one(slab: Slab, length: int) -> int:
+    [address] = slab.allocate(length)
+    return address
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_capacity_is_never_exceeded(at_once: int):
     slab = Slab(BASE, 4 * SEGMENT + 4096, SEGMENT)
-    addresses = fill(slab, 5000)
+    addresses = fill(slab, 5000, at_once)
     assert len(addresses) == 4 * 8
     assert slab.used_bytes == 4 * 8 * 8192 <= slab.capacity_bytes == 4 * SEGMENT
     assert not slab.has_room(5000)
@@ -36,14 +42,14 @@ def test_capacity_is_never_exceeded():
 def test_segment_serves_another_size_once_it_is_empty():
     slab = Slab(BASE, 2 * SEGMENT, SEGMENT)
     small = fill(slab, 4096)
-    assert slab.allocate(SEGMENT) is None
+    assert slab.allocate(SEGMENT) == []
     last = small.pop(3)
     first_segment = [address for address in small if address < BASE + SEGMENT]
     for address in first_segment:
         slab.free(address)
     assert not slab.has_room(SEGMENT)  # one slot of it is still in use
     slab.free(last)
-    assert slab.allocate(SEGMENT) == BASE
+    assert slab.allocate(SEGMENT) == [BASE]
     slab.check_integrity(
         [(BASE, SEGMENT), *((address, 4096) for address in small if address >= BASE + SEGMENT)]
     )
@@ -53,13 +59,12 @@ def test_block_longer_than_a_segment_never_fits():
     slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
     assert slab.fits(SEGMENT)
     assert not slab.fits(SEGMENT + 1)
-    assert slab.allocate(SEGMENT + 1) is None
+    assert slab.allocate(SEGMENT + 1) == []
 
 
 def test_freeing_twice_is_an_error():
     slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    address = slab.allocate(1)
-    assert address is not None
+    address = one(slab, 1)
     slab.free(address)
     with pytest.raises(KeyError):
         slab.free(address)
@@ -67,8 +72,7 @@ def test_freeing_twice_is_an_error():
 
 def test_only_the_start_of_a_slot_in_use_can_be_freed():
     slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    address = slab.allocate(8192)
-    assert address == BASE
+    assert one(slab, 8192) == BASE
     for wrong in (BASE + 4096, BASE + 8192, BASE + SEGMENT):  # within it, never used, in another segment
         with pytest.raises(KeyError):
             slab.free(wrong)
@@ -77,14 +81,12 @@ def test_only_the_start_of_a_slot_in_use_can_be_freed():
 
 def test_freed_slots_are_used_before_new_ones():
     slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    first, second, third = (slab.allocate(4096) for _ in range(3))
-    assert first
-    assert second
+    first, second, third = slab.allocate(4096, 3)
     slab.free(first)
     slab.free(second)
-    assert {slab.allocate(4096), slab.allocate(4096)} == {first, second}
-    assert slab.allocate(4096) == BASE + 3 * 4096
-    assert third == BASE + 2 * 4096
+    *again, new = slab.allocate(4096, 3)
+    assert set(again) == {first, second}
+    assert (third, new) == (BASE + 2 * 4096, BASE + 3 * 4096)
 
 
 def test_integrity_check_notices_a_leaked_slot():
