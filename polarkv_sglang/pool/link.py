@@ -79,11 +79,16 @@ class Lane:
                     pushed = emulated and self._reads and not streamed
                     if not pushed and not streamed:
                         unneeded.pop_all()
-            if streamed:
-                control.start_streaming(deadline_s)
-            unneeded_route = pushed or streamed
-            self.drop(address)
-            self.links[address] = Link(address, control, None if unneeded_route else route, pushed, streamed)
+            if not streamed:
+                self._set(Link(address, control, None if pushed else route, pushed))
+        if streamed:  # nobody else waits for the node's answer
+            control.start_streaming(deadline_s)
+            with self.lock:
+                self._set(Link(address, control, None, streamed=True))
+
+    def _set(self, link: Link) -> None:
+        self.drop(link.address)
+        self.links[link.address] = link
 
     def try_out(self, welcome: Welcome, deadline_s: float) -> None:
         """Reach a node's memory once and leave it again; TransportError if that cannot be done in time."""

@@ -1,6 +1,7 @@
-"""A memory node: lends memory to the pool. Control server on the event loop, UCX in a thread of its own.
+"""A memory node: lends memory to the pool. Control server on the event loop; UCX, and streams, on threads.
 
-Payloads pass Python by: clients read and write the slab over UCX, and the node's thread is one C call.
+Payloads pass Python by: clients map the slab, or read and write it over UCX, for which a thread is in one C
+call; what is streamed is one C call a request.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class _Group(NamedTuple):
 
 
 class Replicator:
-    """Copies blocks of one node to others, one batch at a time. Used on the event loop's thread.
+    """Copies blocks of one node to others, one batch at a time, on the event loop; any thread may ``submit``.
 
     A copy is an ordinary put of a client: the target skips what it has, and evicts by its own policy.
     """
@@ -50,22 +51,27 @@ class Replicator:
         self._index = index
         self._memory = memory
         self._connect = connect
+        self._loop = asyncio.get_running_loop()
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
-        self._queued_blocks = 0
+        self._lock = threading.Lock()
+        self._queued_blocks = 0  # under the lock
         self._clients: dict[str, PoolClient] = {}
 
     def submit(self, keys: Sequence[bytes], target: str) -> None:
         """Copy these blocks to ``target`` some time; what we do not have or cannot queue is left out."""
-        if self._queued_blocks + len(keys) <= _QUEUED_BLOCKS:
+        with self._lock:
+            if not keys or self._queued_blocks + len(keys) > _QUEUED_BLOCKS:
+                return
             self._queued_blocks += len(keys)
-            self._jobs.put_nowait(_Job(target, list(keys)))
+        self._loop.call_soon_threadsafe(self._jobs.put_nowait, _Job(target, list(keys)))
 
     async def run(self) -> None:
         """Work until cancelled; a batch that is under way then is finished first."""
         try:
             while True:
                 job = await self._jobs.get()
-                self._queued_blocks -= len(job.keys)
+                with self._lock:
+                    self._queued_blocks -= len(job.keys)
                 lease = self._index.locate(_OWNER, job.keys, MAX_LEASE_S)
                 copying = asyncio.ensure_future(asyncio.to_thread(self._copy, job, self._groups(job, lease)))
                 try:

@@ -317,21 +317,29 @@ class Session(asyncio.BufferedProtocol):
     def _start_stream(self, request: StartStream) -> None:
         if self._tls is not None:
             raise BadFrame("blocks over TLS")
-        if len(self._frames):
-            raise BadFrame("it streams before it may")
+        if len(self._frames) or self._transport.get_write_buffer_size():
+            raise BadFrame("it streams before it has read all replies, or before it may")
+        if self._service.streams.closed:
+            self.abort()
+            return
         peer: socket.socket = self._transport.get_extra_info("socket")
-        self._stream = Stream(
-            self._service.streams,
-            self._owner,
-            peer.fileno(),
-            request.request_id,
-            self.name,
-            self._replicate,
-            self._stream_ended,
-        )
-        self._read_or_pause()
+        try:
+            self._stream = Stream(
+                self._service.streams,
+                self._owner,
+                peer.fileno(),
+                request.request_id,
+                self.name,
+                self._replicate,
+                self._stream_ended,
+            )
+        except (OSError, RuntimeError) as error:
+            _logger.warning("closed the connection of %s: it cannot stream (%s)", self.name, error)
+            self.abort()
+        else:
+            self._read_or_pause()
 
-    def _stream_ended(self, error: Exception | None) -> None:
+    def _stream_ended(self, error: BadFrame | None) -> None:
         if error is not None:
             self._broke_protocol(error)
         else:

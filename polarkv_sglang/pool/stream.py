@@ -7,15 +7,16 @@ while blocks are on their way, and clients are served on as many cores as there 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from polarkv_sglang.pool.answers import answer
-from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.index import RESERVATION_S, Index, Slots
 from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.transport import Library
 from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
@@ -42,13 +43,14 @@ _logger = logging.getLogger(__name__)
 
 
 class Streams:
-    """What the streams of a node share, and what they did. Used by the event loop, but for ``count``."""
+    """What the streams of a node share, and what they did. Started and ended by the event loop."""
 
     def __init__(self, index: Index, notes: Notes, library: Library) -> None:
         self.index = index
         self.notes = notes
         self.library = library
         self.open: set[Stream] = set()
+        self.closed = False
         self.sent_blocks = self.sent_bytes = 0
         self._lock = threading.Lock()
 
@@ -59,10 +61,12 @@ class Streams:
             self.sent_bytes += sent_bytes
 
     async def close(self) -> None:
-        """End all streams; returns once none of them touches the slab any more."""
+        """End all streams, and start none any more; returns once none of them touches the slab."""
+        self.closed = True
         for stream in self.open:
             stream.stop()
-        await asyncio.gather(*[stream.done for stream in self.open], return_exceptions=True)
+        if self.open:
+            await asyncio.wait([stream.done for stream in self.open])
 
 
 class Stream:
@@ -76,34 +80,35 @@ class Stream:
         request_id: int,
         name: str,
         replicate: Callable[[Replicate], None],
-        on_end: Callable[[Exception | None], None],
+        on_end: Callable[[BadFrame | None], None],
     ) -> None:
         """Answer the request to stream, and serve what follows, through a socket that nobody else uses now.
 
-        ``owner``: of leases and reservations, see ``Index``. ``replicate`` and ``on_end`` are called on the
-        event loop, the latter with what the client did wrong, if it did.
+        ``owner``: of leases and reservations, see ``Index``. ``replicate`` is called in the thread, and
+        ``on_end`` on the event loop, with what the client did wrong, if it did. Raises OSError if there is no
+        descriptor for it, RuntimeError if there is no thread.
         """
         self._shared = shared
         self._owner = owner
         self._name = name
         self._replicate = replicate
         self._on_end = on_end
-        self._loop = asyncio.get_running_loop()
         self._socket = socket.socket(fileno=os.dup(fd))
         self._delivery = Delivery(shared.library, self._socket.fileno())
-        shared.open.add(self)
         thread = ThreadPoolExecutor(1, thread_name_prefix="polarkv-stream")
-        self.done = self._loop.run_in_executor(thread, self._serve, request_id)
+        try:
+            self.done = asyncio.get_running_loop().run_in_executor(thread, self._serve, request_id)
+        except BaseException:
+            self._socket.close()
+            raise
         thread.shutdown(wait=False)
+        shared.open.add(self)
         self.done.add_done_callback(self._ended)
 
     def stop(self) -> None:
         """Have it end soon."""
-        if self in self._shared.open:
-            try:
-                self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:  # the client was quicker
-                pass
+        with contextlib.suppress(OSError):  # the client was quicker
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _ended(self, done: asyncio.Future[BadFrame | None]) -> None:
         self._shared.open.discard(self)
@@ -121,7 +126,7 @@ class Stream:
         except BadFrame as error:
             return error
         except TimeoutError:
-            _logger.warning("%s was too slow in reading or writing blocks", self._name)
+            _logger.warning("%s has not read or sent blocks in time", self._name)
         except OSError as error:
             _logger.debug("%s is gone: %s", self._name, error)
         return None
@@ -135,13 +140,18 @@ class Stream:
                 return
             case Store():
                 keys, parents = split_keys(request.keys), split_keys(request.parents)
-                slots = index.reserve(owner, keys, parents, request.length)
-                self._receive_blocks(slots.number, slots.addresses, request.length)
-                reply = Stored(request.request_id, slots.states)
+                reserved = index.reserve(owner, keys, parents, request.length, fill=True)
+                self._receive_blocks(
+                    reserved.number, Slots(reserved.addresses, request.length, RESERVATION_S)
+                )
+                reply = Stored(request.request_id, reserved.states)
             case Fill():
-                reply = Committed(request.request_id, self._receive_blocks(request.reservation))
+                slots = index.fill(owner, request.reservation)
+                if slots is None:
+                    raise BadFrame("a fill of a reservation that is over, or is another's")
+                reply = Committed(request.request_id, self._receive_blocks(request.reservation, slots))
             case Replicate():
-                self._loop.call_soon_threadsafe(self._replicate, request)
+                self._replicate(request)
                 return
             case _:
                 reply = answer(index, self._shared.notes, owner, request)
@@ -170,32 +180,23 @@ class Stream:
         # Of blocks that come in parts, with the last one.
         self._shared.count(count if last else 0, sent_bytes)
 
-    def _receive_blocks(
-        self, reservation: int, addresses: Sequence[int] | None = None, length: int = 0
-    ) -> int:
-        """Have the blocks of a reservation filled and commit them; how many are visible then.
+    def _receive_blocks(self, reservation: int, slots: Slots) -> int:
+        """Have slots filled, and the reservation of those that have an address committed.
 
-        ``addresses``: of the slots that it has, 0 for what comes to nobody, and the length of blocks; None:
-        all of its own. Raises BadFrame for a reservation that is over, or is another's.
+        How many blocks are visible then. What comes for the others is dropped.
         """
         index, owner = self._shared.index, self._owner
-        slots = index.fill(owner, reservation) if reservation else None
-        if addresses is None:
-            if slots is None:
-                raise BadFrame("a fill of a reservation that is over")
-            addresses, length = slots.addresses, slots.length
-        blocks = len(addresses)
-        trailer = bytearray(_TRAILER_BYTES * blocks)
-        left_s = slots.left_s if slots is not None else MAX_LEASE_S
         try:
-            self._delivery.receive(trailer, len(trailer), addresses, pack_u64((0, length)), left_s)
+            blocks = len(slots.addresses)
+            trailer = bytearray(_TRAILER_BYTES * blocks)
+            whole = pack_u64((0, slots.length))
+            self._delivery.receive(trailer, len(trailer), slots.addresses, whole, slots.left_s)
+            checksums = unpack_u64(bytes(trailer[: 8 * blocks])).tolist()
+            ours = [place for place, address in enumerate(slots.addresses) if address]
+            if not ours:
+                return 0
+            mask = bytes([trailer[8 * blocks + place] for place in ours])
+            return index.commit(owner, reservation, mask, [checksums[place] for place in ours])
         except BaseException:
             index.give_up(owner, reservation)
             raise
-        if slots is None:
-            return 0
-        checksums, mask = unpack_u64(trailer[: 8 * blocks]).tolist(), trailer[8 * blocks :]
-        ours = [place for place, address in enumerate(addresses) if address]
-        return index.commit(
-            owner, reservation, bytes([mask[at] for at in ours]), [checksums[at] for at in ours]
-        )

@@ -17,7 +17,7 @@ def pack_u64(values: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(values)}Q", *values)
 
 
-def unpack_u64(blob: bytes | bytearray) -> npt.NDArray[np.uint64]:
+def unpack_u64(blob: bytes) -> npt.NDArray[np.uint64]:
     """Read-only uint64 array over a blob."""
     return np.frombuffer(blob, dtype="<u8")
 

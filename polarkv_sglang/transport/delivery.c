@@ -15,7 +15,10 @@
 
 #include "abi.h"
 
-enum { RANGES = 64 }; /* most that one system call moves */
+enum {
+    RANGES = 64,     /* most that one system call moves */
+    BURST = 4 << 20, /* bytes that it moves at most, about: more than a socket takes */
+};
 
 /* Where the next byte of the blocks lies. */
 struct place {
@@ -56,7 +59,8 @@ static struct place behind(const polar_delivery *delivery, struct place at, uint
 /* Adds where the blocks' bytes lie, from a place on, up to one whose bytes are dropped; those that follow each
  * other as one. */
 static int add_blocks(const polar_delivery *delivery, struct place at, struct iovec *ranges, int count) {
-    while (at.block < delivery->block_count && !is_dropped(delivery, at)) {
+    uint64_t total = 0;
+    while (at.block < delivery->block_count && !is_dropped(delivery, at) && total < BURST) {
         uint64_t length = left_of(delivery, at);
         uint8_t *start = (uint8_t *)(uintptr_t)(delivery->blocks[at.block] + begin_of(delivery, at));
         struct iovec *last = count ? &ranges[count - 1] : NULL;
@@ -67,17 +71,19 @@ static int add_blocks(const polar_delivery *delivery, struct place at, struct io
         else
             break;
         at = behind(delivery, at, length);
+        total += length;
     }
     return count;
 }
 
-/* Waits until the socket can go on; false once the time is over. */
-static bool wait_for(int fd, short events, int64_t deadline_ns) {
-    int64_t left_ns = deadline_ns < 0 ? 0 : deadline_ns - now_ns();
-    int64_t left_ms = deadline_ns < 0 ? -1 : left_ns / 1000000 + 1;
-    if (left_ns < 0) return false;
+static bool is_over(int64_t deadline_ns) {
+    return deadline_ns >= 0 && now_ns() >= deadline_ns;
+}
+
+/* Waits until the socket can go on, not longer than to the deadline. */
+static void wait_for(int fd, short events, int64_t deadline_ns) {
+    int64_t left_ms = deadline_ns < 0 ? -1 : (deadline_ns - now_ns()) / 1000000 + 1;
     poll(&(struct pollfd){.fd = fd, .events = events}, 1, left_ms > INT_MAX ? INT_MAX : (int)left_ms);
-    return true;
 }
 
 static int64_t deadline_of(const polar_delivery *delivery) {
@@ -104,9 +110,11 @@ int polar_send(const polar_delivery *delivery) {
             at = behind(delivery, at, done - of_head);
         } else if (errno != EAGAIN && errno != EINTR) {
             return errno;
-        } else if (!wait_for(delivery->fd, POLLOUT, deadline_ns)) {
-            return ETIMEDOUT;
+        } else {
+            wait_for(delivery->fd, POLLOUT, deadline_ns);
         }
+        /* Also of a peer that is always ready. */
+        if (is_over(deadline_ns)) return ETIMEDOUT;
     }
     return 0;
 }
@@ -138,9 +146,10 @@ int polar_receive(const polar_delivery *delivery) {
             return ECONNRESET;
         } else if (errno != EAGAIN && errno != EINTR) {
             return errno;
-        } else if (!wait_for(delivery->fd, POLLIN, deadline_ns)) {
-            return ETIMEDOUT;
+        } else {
+            wait_for(delivery->fd, POLLIN, deadline_ns);
         }
+        if (is_over(deadline_ns)) return ETIMEDOUT;
     }
     return 0;
 }

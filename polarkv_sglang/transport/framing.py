@@ -33,12 +33,6 @@ class FrameReader:
     def feed(self, data: bytes | memoryview) -> None:
         self._buffer += data
 
-    def take(self, most: int) -> bytes:
-        """Up to ``most`` bytes of what is buffered, which are no frame."""
-        taken = bytes(self._buffer[:most])
-        del self._buffer[:most]
-        return taken
-
     def __len__(self) -> int:
         """How many bytes are buffered."""
         return len(self._buffer)
