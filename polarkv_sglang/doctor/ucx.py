@@ -14,9 +14,8 @@ from polarkv_sglang.config import format_bytes
 from polarkv_sglang.doctor.findings import Facts, Finding, from_error, one_line, without_library
 from polarkv_sglang.errors import TransportError
 from polarkv_sglang.transport import Context
-from polarkv_sglang.transport.library import probe_system
+from polarkv_sglang.transport.library import find_helper, probe_system
 
-_HELPER = "polarkv_sglang.transport._batch"
 INSTALL_MEND = (
     "install UCX 1.17 or later: pip install libucx-cu13, or name a libucp.so.0 by POLARKV_UCX_LIBRARY"
 )
@@ -52,16 +51,13 @@ def check_libucp(facts: Facts) -> Iterator[Finding]:
 
 
 def check_helper(facts: Facts) -> Iterator[Finding]:
-    spec = importlib.util.find_spec(_HELPER)
-    if spec is None or spec.origin is None:
-        yield Finding(
-            "batch helper",
-            "failed",
-            f"{_HELPER} is not built: nothing can be transferred",
-            "install a C compiler and then the package again: pip install --force-reinstall --no-deps .",
-        )
+    try:
+        path, _ = find_helper()
+    except TransportError as error:
+        mend = "install a C compiler and then the package again: pip install --force-reinstall --no-deps ."
+        yield from_error("batch helper", error, mend)
     else:
-        yield Finding("batch helper", "ok", f"compiled: {spec.origin}")
+        yield Finding("batch helper", "ok", f"compiled: {path}")
 
 
 def check_transports(facts: Facts) -> Iterator[Finding]:

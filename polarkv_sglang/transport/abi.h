@@ -171,6 +171,8 @@ void ucp_request_free(void *request);
 
 /* ---- Ours. */
 
+enum { POLAR_ABI = 1 }; /* of this file: raised with its every change */
+
 /* Entry points of the libucp that Python loaded: the helper is built without UCX and linked to none. */
 typedef struct {
     ucs_status_ptr_t (*put)(ucp_ep_h, const void *, size_t, uint64_t, ucp_rkey_h,
@@ -297,6 +299,7 @@ typedef struct {
     int64_t timeout_ns; /* below 0: none */
 } polar_delivery;
 
+int polar_abi(void); /* POLAR_ABI of the file that the helper was built of */
 int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
                    uint64_t *checksums, polar_outcome *outcome);
 int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force, int64_t timeout_ns);

@@ -395,3 +395,7 @@ int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, in
     free(polled);
     return result;
 }
+
+int polar_abi(void) {
+    return POLAR_ABI;
+}

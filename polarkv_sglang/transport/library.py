@@ -67,9 +67,7 @@ def load_library(path: str | None = None) -> Library:
     RDMA needs the first or the second: the wheel is built without verbs. XXH3 comes from the `xxhash`
     package, else from the system. Raises TransportError, which names everything that was tried.
     """
-    ffi = FFI()
-    ffi.cdef(Path(__file__).with_name("abi.h").read_text())
-    ffi.cdef(_DECLARATIONS)
+    ffi = _declare()
     if path is not None:
         return _open(ffi, path, "explicit")
     version = probe_system()
@@ -84,6 +82,32 @@ def load_library(path: str | None = None) -> Library:
             "install libucx-cu13 or name a libucp.so"
         )
     return _open(ffi, str(Path(spec.submodule_search_locations[0], "lib", _SONAME)), "wheel")
+
+
+def find_helper(ffi: FFI | None = None) -> tuple[str, FFI.CData]:
+    """Where our compiled functions are, and these.
+
+    Raises TransportError if they were not built, or of other sources than those beside this file.
+    """
+    ffi = ffi if ffi is not None else _declare()
+    spec = importlib.util.find_spec(_HELPER)
+    if spec is None or spec.origin is None:
+        raise TransportError(f"{_HELPER} is not built: install the package again, with a C compiler at hand")
+    try:
+        # For good: an unload as the interpreter ends would pull the code from under threads of UCX.
+        helper = ffi.dlopen(spec.origin, ffi.RTLD_NOW | ffi.RTLD_NODELETE)
+    except OSError as error:
+        raise TransportError(f"{_HELPER} cannot be opened: {error}") from error
+    try:
+        fits = helper.polar_abi() == helper.POLAR_ABI
+    except AttributeError:
+        fits = False
+    if not fits:
+        raise TransportError(
+            f"{spec.origin} was built of other sources than these: install the package again, "
+            "with a C compiler at hand"
+        )
+    return spec.origin, helper
 
 
 def probe_system() -> tuple[int, ...] | str:
@@ -102,14 +126,17 @@ def probe_system() -> tuple[int, ...] | str:
     return tuple(int(part) for part in done.stdout.split())
 
 
+def _declare() -> FFI:
+    ffi = FFI()
+    ffi.cdef(Path(__file__).with_name("abi.h").read_text())
+    ffi.cdef(_DECLARATIONS)
+    return ffi
+
+
 def _open(ffi: FFI, name: str, source: Source) -> Library:
-    spec = importlib.util.find_spec(_HELPER)
-    if spec is None or spec.origin is None:
-        raise TransportError(f"{_HELPER} is not built: install the package again, with a C compiler at hand")
+    _, batch = find_helper(ffi)
     try:
-        # For good: an unload as the interpreter ends would pull the code from under threads of UCX.
-        flags = ffi.RTLD_NOW | ffi.RTLD_NODELETE
-        ucp, batch = ffi.dlopen(name, flags), ffi.dlopen(spec.origin, flags)
+        ucp = ffi.dlopen(name, ffi.RTLD_NOW | ffi.RTLD_NODELETE)  # for good, as the helper
         parts = [ffi.new("unsigned *") for _ in range(3)]
         ucp.ucp_get_version(*parts)
     except (OSError, AttributeError) as error:

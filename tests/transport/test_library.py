@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import libucx
 import pytest
 from xxhash import _xxhash
+
+from polarkv_sglang.transport import library
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,6 +46,27 @@ def old_library(folder: Path) -> Path:
     flags = ["-shared", "-fPIC", "-Wl,-soname,libucp.so.0"]
     subprocess.run(["cc", *flags, source, "-o", folder / "libucp.so.0"], check=True, timeout=50)
     return folder
+
+
+def test_abi_number_changes_with_the_file():
+    digest = hashlib.sha256(Path(library.__file__).with_name("abi.h").read_bytes()).hexdigest()[:16]
+    assert digest == "005c1a79eecc246c", "abi.h has changed: raise its POLAR_ABI, and put its digest here"
+
+
+@pytest.mark.parametrize("function", ["", "int polar_abi(void) { return 0; }"], ids=["old", "another"])
+def test_helper_of_other_sources_is_refused(tmp_path: Path, function: str):
+    source, built = tmp_path / "old.c", tmp_path / "old.so"
+    source.write_text(function)
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", built], check=True, timeout=50)
+    before = f"""
+import importlib.util
+from types import SimpleNamespace
+find = importlib.util.find_spec
+old = SimpleNamespace(origin={str(built)!r})
+importlib.util.find_spec = lambda name, *more: old if name.endswith("._batch") else find(name, *more)
+"""
+    error = report(before=before)
+    assert error.startswith(f"refused: {built} was built of other sources than these: install the package")
 
 
 def test_xxh3_comes_from_the_system_where_the_package_has_none(tmp_path):
