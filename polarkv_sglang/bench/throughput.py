@@ -12,6 +12,7 @@ from polarkv_sglang.bench.figures import Figure
 from polarkv_sglang.bench.nodes import local_node
 from polarkv_sglang.bench.perftest import MAX_WINDOW, PerfTest
 from polarkv_sglang.bench.rank import Arena, Rank, a_rank, busy_thread
+from polarkv_sglang.bench.raw import RawPuts, raw_puts
 from polarkv_sglang.config import format_bytes
 from polarkv_sglang.errors import NodeError, TransportError
 from polarkv_sglang.pool.slab import PAGE_BYTES, default_segment_bytes
@@ -65,7 +66,8 @@ class Row(NamedTuple):
     batch_blocks: int
     gbps: Figure | None
     memcpy_gbps: Figure | None
-    ucx_gbps: Figure | None
+    ucx_gbps: Figure | None  # ``ucx_perftest``: one buffer over and over
+    ucx_put_gbps: Figure | None  # UCX's puts of the same batches
     busy_gbps: Figure | None  # the same beside a thread that spins in Python
 
 
@@ -93,17 +95,20 @@ def measure(plan: Plan, pool: Pool | None, say: Say) -> Iterator[Row]:
             size = _Size(transport, block_bytes, batches, arena, raw, say)
             if batches:
                 try:
-                    with _ranked(plan, pool, transport, block_bytes, arena) as rank:
-                        size.measure(rank, plan.repeats, plan.memory_bytes // 2 if plan.full else 0)
+                    with _ranked(plan, pool, transport, block_bytes, arena) as (rank, raw_put):
+                        size.measure(rank, raw_put, plan.repeats, plan.memory_bytes // 2 if plan.full else 0)
                 except (NodeError, TransportError) as error:
                     size.give_up(batches, str(error))
             yield from size.rows()
 
 
 @contextlib.contextmanager
-def _ranked(plan: Plan, pool: Pool | None, transport: str, block_bytes: int, arena: Arena) -> Iterator[Rank]:
-    """A client, of a node that is started for it unless there is a pool."""
+def _ranked(
+    plan: Plan, pool: Pool | None, transport: str, block_bytes: int, arena: Arena
+) -> Iterator[tuple[Rank, RawPuts | None]]:
+    """A client, of a node that is started for it unless there is a pool, and raw puts to that node."""
     ucx_tls = TRANSPORTS[transport]
+    raw = None
     with contextlib.ExitStack() as stack:
         if pool is None:
             capacity = plan.memory_bytes // 2
@@ -114,7 +119,8 @@ def _ranked(plan: Plan, pool: Pool | None, transport: str, block_bytes: int, are
             )
             node.wait_settled()
             pool = Pool([node.address], node.token)
-        yield stack.enter_context(
+            raw = stack.enter_context(raw_puts(node, arena, ucx_tls=ucx_tls, ucx_library=plan.ucx_library))
+        rank = stack.enter_context(
             a_rank(
                 pool.nodes,
                 arena,
@@ -124,6 +130,7 @@ def _ranked(plan: Plan, pool: Pool | None, transport: str, block_bytes: int, are
                 ucx_library=plan.ucx_library,
             )
         )
+        yield rank, raw
 
 
 def _raw_ucx(plan: Plan, transport: str, say: Say) -> PerfTest | None:
@@ -152,8 +159,8 @@ class _Size:
         # GB/s by what was measured and the batch's blocks.
         self._samples: dict[tuple[str, int], list[float]] = defaultdict(list)
 
-    def measure(self, rank: Rank, repeats: int, fill_bytes: int) -> None:
-        """Raises NodeError if the pool cannot be used any more."""
+    def measure(self, rank: Rank, raw_put: RawPuts | None, repeats: int, fill_bytes: int) -> None:
+        """Raises NodeError if the pool cannot be used any more, TransportError if UCX cannot."""
         blocks = max(1, min(MAX_WINDOW, self._arena.room_bytes // self._block_bytes))
         for _ in range(-(-fill_bytes // (blocks * self._block_bytes))):
             rank.put(self._arena.batches(self._block_bytes, blocks, 1))
@@ -163,7 +170,7 @@ class _Size:
                 self._run_raw(window)
             for blocks in left:
                 try:
-                    self._run_pool(rank, blocks)
+                    self._run_pool(rank, raw_put, blocks)
                 except NodeError as error:
                     self.give_up([blocks], str(error))
                     rank.wait_live()
@@ -188,6 +195,7 @@ class _Size:
                     gbps,
                     self._figure("memcpy", blocks),
                     self._figure(f"ucx {op}", min(blocks, MAX_WINDOW)),
+                    self._figure("raw put", blocks),
                     busy_gbps,
                 )
 
@@ -205,13 +213,15 @@ class _Size:
             self._say(f"{self._transport}: no more figures of raw UCX: {error}")
             self._raw = None
 
-    def _run_pool(self, rank: Rank, blocks: int) -> None:
+    def _run_pool(self, rank: Rank, raw_put: RawPuts | None, blocks: int) -> None:
         arena = self._arena
         calls = max(1, min(_MAX_CALLS, _SAMPLE_BYTES // (blocks * self._block_bytes)))
         # Of their own, so that memcpy does not bring what is put next into the caches.
-        copied, batches = (arena.batches(self._block_bytes, blocks, calls) for _ in range(2))
+        copied, raw, batches = (arena.batches(self._block_bytes, blocks, calls) for _ in range(3))
         total = sum(batch.bytes for batch in batches)
         self._samples["memcpy", blocks].append(total / arena.copy(copied) / 1e9)
+        if raw_put is not None:
+            self._samples["raw put", blocks].append(total / sum(raw_put.put(raw)) / 1e9)
         arena.wipe(batches)
         self._samples["put", blocks].append(total / sum(rank.put(batches)) / 1e9)
         self._samples["get", blocks].append(total / sum(rank.get(batches)) / 1e9)

@@ -19,15 +19,30 @@ if TYPE_CHECKING:
 LOG_LEVEL = "error"  # what a client logs of a node that fails, the bench says itself
 
 _SHM = "shm"
-_COLUMNS = ("transport", "op", "block", "batch", "GB/s", "low-high", "memcpy", "of memcpy", "UCX", "busy")
-_WIDTHS = (9, 3, 9, 5, 6, 13, 6, 9, 6, 6)
+_COLUMNS = (
+    "transport",
+    "op",
+    "block",
+    "batch",
+    "GB/s",
+    "low-high",
+    "memcpy",
+    "of memcpy",
+    "UCX",
+    "UCX put",
+    "busy",
+)
+_WIDTHS = (9, 3, 9, 5, 6, 13, 6, 9, 6, 7, 6)
 _SPREAD_COLUMNS = ("transport", "nodes", "get ms", "low-high", "GB/s", "low-high")
 _SPREAD_WIDTHS = (9, 5, 7, 15, 6, 13)
-_RIGHT = frozenset({"block", "batch", "GB/s", "memcpy", "of memcpy", "UCX", "busy", "nodes", "get ms"})
+_RIGHT = frozenset(
+    {"block", "batch", "GB/s", "memcpy", "of memcpy", "UCX", "UCX put", "busy", "nodes", "get ms"}
+)
 _DESCRIPTION = """
 Measures puts and gets of a memory node that it starts on this host, or of those that are named. Figures are
 GB/s (10^9 bytes), medians over the repeats. UCX is ucx_perftest on the same transport, which moves one buffer
-over and over: up to some MiB it stays in the processor's caches. busy is the same batch while another thread
+over and over: up to some MiB it stays in the processor's caches. UCX put is UCX's puts of the same batches,
+from and to as much memory, without index, lease or checksum. busy is the same batch while another thread
 of the process runs plain Python, as an engine's scheduler does.
 """
 
@@ -264,7 +279,7 @@ def _as_object(row: Row, repeats: int) -> dict[str, object]:
         "block_bytes": row.block_bytes,
         "batch_blocks": row.batch_blocks,
     }
-    for name in ("gbps", "memcpy_gbps", "ucx_gbps", "busy_gbps"):
+    for name in ("gbps", "memcpy_gbps", "ucx_gbps", "ucx_put_gbps", "busy_gbps"):
         fields |= columns(name, getattr(row, name))
     return fields | {"repeats": repeats}
 
@@ -280,6 +295,7 @@ def _as_cells(row: Row) -> tuple[str, ...]:
         _cells(row.memcpy_gbps)[0],
         share,
         _cells(row.ucx_gbps)[0],
+        _cells(row.ucx_put_gbps)[0],
         _cells(row.busy_gbps)[0],
     )
 

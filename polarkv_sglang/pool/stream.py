@@ -21,7 +21,7 @@ from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.transport import Library
 from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
 from polarkv_sglang.transport.delivery import Delivery
-from polarkv_sglang.transport.framing import BadFrame, decode_from_client, encode_frame
+from polarkv_sglang.transport.framing import BadFrame, decode_from_client, encode_before, encode_frame
 from polarkv_sglang.transport.messages import (
     MAX_LEASE_S,
     Committed,
@@ -169,7 +169,8 @@ class Stream:
             count = next((at for at, length in enumerate(lengths) if length != request.length), len(lengths))
             sent_bytes = count * sum(size for _, size in parts)
             checksums, generations = pack_u64(lease.checksums[:count]), pack_u64(lease.generations[:count])
-            head = encode_frame(Pulled(request.request_id, checksums, generations))
+            first_byte = lease.addresses[0] + parts[0][0] if count else 0
+            head = encode_before(Pulled(request.request_id, checksums, generations), first_byte, between=8)
             head += sent_bytes.to_bytes(8, "little")
             whole = pack_u64((0, request.length))
             self._delivery.send(

@@ -7,11 +7,14 @@ import hmac
 
 import msgspec
 
-from polarkv_sglang.transport.messages import FromClient, FromNode, Message
+from polarkv_sglang.transport.messages import Fill, FromClient, FromNode, Message, Pulled, Store
 
 HEADER_BYTES = 4
 MAX_HANDSHAKE_FRAME_BYTES = 64 << 10  # before the peer has proved anything
 MAX_FRAME_BYTES = 4 << 20
+
+_PAGE_BYTES = 4096
+_PADDING = bytes(64)
 
 _encoder = msgspec.msgpack.Encoder()
 # One decoder per direction, so that a message sent the wrong way is garbage.
@@ -62,6 +65,19 @@ def encode_frame(message: Message) -> bytearray:
     _encoder.encode_into(message, buffer, HEADER_BYTES)
     buffer[:HEADER_BYTES] = (len(buffer) - HEADER_BYTES).to_bytes(HEADER_BYTES, "little")
     return buffer
+
+
+def encode_before(message: Pulled | Store | Fill, address: int, between: int = 0) -> bytearray:
+    """A message as header and payload, before bytes at ``address`` that go out with it.
+
+    A socket copies what it is given into whole pages, one after another. AMD's processors copy at half their
+    speed to a place that lies in its page where the source lies in its own, or less than 32 bytes further on:
+    then some padding is put between. ``between``: bytes that go out before those at ``address`` as well.
+    """
+    frame = encode_frame(message)
+    if (len(frame) + between - address) % _PAGE_BYTES < len(_PADDING):
+        frame = encode_frame(msgspec.structs.replace(message, padding=_PADDING))
+    return frame
 
 
 def decode_from_client(frame: bytes | memoryview) -> FromClient:

@@ -332,6 +332,7 @@ class Pulled(Message, frozen=True, tag="pulled"):
     request_id: Count
     checksum_blob: bytes
     generation_blob: bytes
+    padding: bytes = b""  # see ``encode_before``
 
     def __post_init__(self) -> None:
         _check_columns(len(self.checksum_blob) // 8, self.checksum_blob, self.generation_blob)
@@ -348,6 +349,7 @@ class Store(Message, frozen=True, tag="store"):
     keys: bytes
     parents: bytes
     length: BlockLength
+    padding: bytes = b""  # see ``encode_before``
 
     def __post_init__(self) -> None:
         _check_keys(self.keys)
@@ -371,6 +373,7 @@ class Fill(Message, frozen=True, tag="fill"):
 
     request_id: Count
     reservation: Count
+    padding: bytes = b""  # see ``encode_before``
 
 
 class Release(Message, frozen=True, tag="release"):

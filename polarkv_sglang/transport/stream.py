@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from polarkv_sglang.errors import NodeError, TransportError
 from polarkv_sglang.transport.control import ControlConnection, answers
-from polarkv_sglang.transport.framing import BadFrame, decode_from_node, encode_frame
+from polarkv_sglang.transport.framing import BadFrame, decode_from_node, encode_before, encode_frame
 from polarkv_sglang.transport.library import Library
 from polarkv_sglang.transport.messages import Committed, Fill, Pull, Pulled, Store, Stored
 
@@ -88,7 +88,12 @@ class _Batch:
         channel = self._channels[len(self.calls)]
         channel.fd = call.control.start_exchange()
         blocks = len(call.addresses)
-        frame, reply = encode_frame(call.request), bytearray(_REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks)
+        request = call.request
+        if isinstance(request, Pull):
+            frame = encode_frame(request)
+        else:
+            frame = encode_before(request, int(call.addresses.item(0)) if blocks else 0)
+        reply = bytearray(_REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks)
         sums = np.empty(blocks + (blocks + 7) // 8, np.uint64)
         from_buffer = self._library.ffi.from_buffer
         channel.request = from_buffer(_BYTES, frame)

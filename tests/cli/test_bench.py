@@ -15,7 +15,7 @@ from tests.cli.commands import COMMAND, absent_address, environment, polarkv, po
 from tests.support import running_node
 
 SMALL = ("--json", "--repeats", "1", "--memory", "64MiB")
-FIGURES = ("gbps", "memcpy_gbps", "ucx_gbps", "busy_gbps")
+FIGURES = ("gbps", "memcpy_gbps", "ucx_gbps", "ucx_put_gbps", "busy_gbps")
 
 
 def rows(output: str) -> list[dict[str, object]]:
@@ -64,7 +64,11 @@ def test_nodes_of_a_pool_are_measured_and_one_that_is_down_is_told() -> None:
         nodes = f"{first.address},{second.address}"
         done = polarkv("bench", *flags, "--nodes", nodes, env={"POLARKV_TOKEN": "secret"})
         assert done.returncode == 0, done.stderr
-        assert all(has_figure(row, "gbps") for row in rows(done.stdout))
+        found = rows(done.stdout)
+        assert all(has_figure(row, "gbps") for row in found)
+        assert [row["ucx_put_gbps"] for row in found] == [None, None], (
+            "it would overwrite what others have there"
+        )
         assert first.statistics().commits_total + second.statistics().commits_total > 0
     done = polarkv("bench", *flags, "--nodes", down)
     assert done.returncode == 1

@@ -15,6 +15,7 @@ from polarkv_sglang.transport.framing import (
     FrameReader,
     decode_from_client,
     decode_from_node,
+    encode_before,
     encode_frame,
     prove,
 )
@@ -220,3 +221,21 @@ def test_seal_depends_on_every_byte_and_on_where_the_parts_end():
         (b"ac", [b"c"]),
     ]
     assert len({seal(address, rkeys) for address, rkeys in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("between", [0, 8])
+@pytest.mark.parametrize(
+    "message",
+    [m.Pulled(1, U64, U64), m.Store(10, KEYS, bytes(48), 4096), m.Fill(11, 12)],
+    ids=["pulled", "store", "fill"],
+)
+def test_bytes_never_go_out_where_a_processor_copies_them_slowly(message: m.Message, between: int):
+    plain = len(encode_frame(message)) + between
+    padded = 0
+    for address in range(4096, 3 * 4096):
+        frame = encode_before(message, address, between)
+        assert (len(frame) + between - address) % 4096 >= 64
+        padded += len(frame) + between > plain
+        decode = decode_from_node if isinstance(message, m.Pulled) else decode_from_client
+        assert msgspec.structs.replace(decode(bytes(frame[4:])), padding=b"") == message
+    assert padded == 2 * 64, "padding where it is of no use"
