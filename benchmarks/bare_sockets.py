@@ -1,4 +1,4 @@
-"""The bound for any store over TCP on one machine: bytes through one loopback connection, and nothing else.
+"""What a socket that copies carries on one machine: bytes through one loopback connection, and nothing else.
 
 A peer process takes so many bytes and answers with 16, or gives them back: no names, no index, no checksum.
 It runs on uvloop, as a memory node does.

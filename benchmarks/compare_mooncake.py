@@ -37,7 +37,7 @@ REPEATS = 7
 SHORT_BYTES = 32 << 20  # batches of at most so many bytes are repeated SHORT_FACTOR times as often
 SHORT_FACTOR = 3
 MOONCAKE, TCP, LOCAL = "Mooncake", "PolarKV over TCP", "PolarKV, same host"
-SOCKETS = "bare sockets"  # what any store over TCP is bounded by
+SOCKETS = "bare sockets"  # what a store over TCP is bounded by that has the socket copy its bytes
 SETUP = """\
 To set Mooncake up on Debian or Ubuntu, in a virtual environment of its own:
 

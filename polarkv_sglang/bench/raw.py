@@ -11,6 +11,7 @@ import numpy as np
 from polarkv_sglang.bench.nodes import LocalNode
 from polarkv_sglang.bench.rank import Arena, Batch
 from polarkv_sglang.errors import TransportError
+from polarkv_sglang.pool.slab import PAGE_BYTES
 from polarkv_sglang.transport import Context, Direction, RegisteredMemory, RemoteKey, Worker, load_library
 from polarkv_sglang.transport.control import ControlConnection
 
@@ -77,4 +78,6 @@ def raw_puts(
         worker = Worker(context)
         stack.callback(worker.close)
         key = worker.connect(control.welcome.worker_address).unpack(control.welcome.rkey)
-        yield RawPuts(arena, memory, worker, key, control.welcome.base_address)
+        puts = RawPuts(arena, memory, worker, key, control.welcome.base_address)
+        puts.put(arena.batches(PAGE_BYTES, 1, 1))  # UCX sets an endpoint up at its first operation
+        yield puts

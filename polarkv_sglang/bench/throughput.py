@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from polarkv_sglang.bench.figures import Figure
 from polarkv_sglang.bench.nodes import local_node
 from polarkv_sglang.bench.perftest import MAX_WINDOW, PerfTest
-from polarkv_sglang.bench.rank import Arena, Rank, a_rank, busy_thread
+from polarkv_sglang.bench.rank import Arena, Batch, Rank, a_rank, busy_thread
 from polarkv_sglang.bench.raw import RawPuts, raw_puts
 from polarkv_sglang.config import format_bytes
 from polarkv_sglang.errors import NodeError, TransportError
@@ -95,8 +95,8 @@ def measure(plan: Plan, pool: Pool | None, say: Say) -> Iterator[Row]:
             size = _Size(transport, block_bytes, batches, arena, raw, say)
             if batches:
                 try:
-                    with _ranked(plan, pool, transport, block_bytes, arena) as (rank, raw_put):
-                        size.measure(rank, raw_put, plan.repeats, plan.memory_bytes // 2 if plan.full else 0)
+                    with _ranked(plan, pool, transport, block_bytes, arena, say) as (rank, raw_puts):
+                        size.measure(rank, raw_puts, plan.repeats, plan.memory_bytes // 2 if plan.full else 0)
                 except (NodeError, TransportError) as error:
                     size.give_up(batches, str(error))
             yield from size.rows()
@@ -104,7 +104,7 @@ def measure(plan: Plan, pool: Pool | None, say: Say) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _ranked(
-    plan: Plan, pool: Pool | None, transport: str, block_bytes: int, arena: Arena
+    plan: Plan, pool: Pool | None, transport: str, block_bytes: int, arena: Arena, say: Say
 ) -> Iterator[tuple[Rank, RawPuts | None]]:
     """A client, of a node that is started for it unless there is a pool, and raw puts to that node."""
     ucx_tls = TRANSPORTS[transport]
@@ -119,7 +119,11 @@ def _ranked(
             )
             node.wait_settled()
             pool = Pool([node.address], node.token)
-            raw = stack.enter_context(raw_puts(node, arena, ucx_tls=ucx_tls, ucx_library=plan.ucx_library))
+            raw_to = raw_puts(node, arena, ucx_tls=ucx_tls, ucx_library=plan.ucx_library)
+            try:
+                raw = stack.enter_context(raw_to)
+            except (NodeError, TransportError) as error:
+                say(f"{transport}: no figures of UCX's puts: {error}")
         rank = stack.enter_context(
             a_rank(
                 pool.nodes,
@@ -155,12 +159,14 @@ class _Size:
     ) -> None:
         self._transport, self._block_bytes, self._batches = transport, block_bytes, tuple(batches)
         self._arena, self._raw, self._say = arena, raw, say
+        self._raw_puts: RawPuts | None = None
         self._given_up: set[int] = set()
         # GB/s by what was measured and the batch's blocks.
         self._samples: dict[tuple[str, int], list[float]] = defaultdict(list)
 
-    def measure(self, rank: Rank, raw_put: RawPuts | None, repeats: int, fill_bytes: int) -> None:
-        """Raises NodeError if the pool cannot be used any more, TransportError if UCX cannot."""
+    def measure(self, rank: Rank, raw_puts: RawPuts | None, repeats: int, fill_bytes: int) -> None:
+        """Raises NodeError if the pool cannot be used any more."""
+        self._raw_puts = raw_puts
         blocks = max(1, min(MAX_WINDOW, self._arena.room_bytes // self._block_bytes))
         for _ in range(-(-fill_bytes // (blocks * self._block_bytes))):
             rank.put(self._arena.batches(self._block_bytes, blocks, 1))
@@ -170,7 +176,7 @@ class _Size:
                 self._run_raw(window)
             for blocks in left:
                 try:
-                    self._run_pool(rank, raw_put, blocks)
+                    self._run_pool(rank, blocks)
                 except NodeError as error:
                     self.give_up([blocks], str(error))
                     rank.wait_live()
@@ -213,15 +219,14 @@ class _Size:
             self._say(f"{self._transport}: no more figures of raw UCX: {error}")
             self._raw = None
 
-    def _run_pool(self, rank: Rank, raw_put: RawPuts | None, blocks: int) -> None:
+    def _run_pool(self, rank: Rank, blocks: int) -> None:
         arena = self._arena
         calls = max(1, min(_MAX_CALLS, _SAMPLE_BYTES // (blocks * self._block_bytes)))
         # Of their own, so that memcpy does not bring what is put next into the caches.
         copied, raw, batches = (arena.batches(self._block_bytes, blocks, calls) for _ in range(3))
         total = sum(batch.bytes for batch in batches)
         self._samples["memcpy", blocks].append(total / arena.copy(copied) / 1e9)
-        if raw_put is not None:
-            self._samples["raw put", blocks].append(total / sum(raw_put.put(raw)) / 1e9)
+        self._run_raw_puts(raw, blocks)
         arena.wipe(batches)
         self._samples["put", blocks].append(total / sum(rank.put(batches)) / 1e9)
         self._samples["get", blocks].append(total / sum(rank.get(batches)) / 1e9)
@@ -235,3 +240,14 @@ class _Size:
         self._samples["busy put", blocks].append(total / put_s / 1e9)
         self._samples["busy get", blocks].append(total / get_s / 1e9)
         arena.verify(batches)
+
+    def _run_raw_puts(self, batches: list[Batch], blocks: int) -> None:
+        if self._raw_puts is None:
+            return
+        try:
+            seconds = sum(self._raw_puts.put(batches))
+        except TransportError as error:
+            self._say(f"{self._transport}: no more figures of UCX's puts: {error}")
+            self._raw_puts = None
+        else:
+            self._samples["raw put", blocks].append(sum(batch.bytes for batch in batches) / seconds / 1e9)

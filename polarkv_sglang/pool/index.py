@@ -19,7 +19,7 @@ from polarkv_sglang.errors import PolarError
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.eviction import EvictionPolicy, LeastRecentlyUsed
 from polarkv_sglang.pool.leases import Leases
-from polarkv_sglang.pool.slab import Slab
+from polarkv_sglang.pool.slab import Slab, slot_bytes_of
 from polarkv_sglang.pool.table import BlockTable, Rows
 from polarkv_sglang.transport.messages import KeyState
 
@@ -169,7 +169,7 @@ class Index:
         With ``fill`` they are being filled from the start, see there.
 
         Keys come in prefix order. Once one finds no room, later ones get none: without their head they would
-        be useless.
+        be useless. Where nothing else is left, what is told to be present may go for what is new.
         """
         addresses = [0] * len(keys)
         states = bytearray(len(keys))
@@ -444,7 +444,11 @@ class Index:
         if len(slots) < len(keys) and self._slab.fits(length):
             with closing(self._policy.suggestions(self)) as suggestions:
                 victims = itertools.islice(suggestions, _MAX_SUGGESTIONS)
-                while (missing := len(keys) - len(slots)) and self._evict(missing * length, victims):
+                while missing := len(keys) - len(slots):
+                    # Not more at a time: a segment that gets free may be all that was missing.
+                    wanted_bytes = min(missing * slot_bytes_of(length), self._slab.segment_bytes)
+                    if not self._evict(wanted_bytes, victims):
+                        break
                     slots += self._slab.allocate(length, missing)
         count = len(slots)
         for parent in parents[count:]:
@@ -465,7 +469,7 @@ class Index:
                 continue
             self._forget(row)
             rows.append(row)
-            wanted_bytes -= self._table.lengths[row]
+            wanted_bytes -= slot_bytes_of(self._table.lengths[row])
             if wanted_bytes <= 0:
                 break
         self._free(rows)

@@ -63,7 +63,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Service:
-    """What all sessions of a node share; used on the event loop's thread only."""
+    """What all sessions of a node share; used on the event loop's thread only, but for ``replicate``."""
 
     index: Index
     notes: Notes

@@ -131,16 +131,16 @@ class Slab:
 
     def fits(self, length: int) -> bool:
         """Whether a block of this length could ever be stored."""
-        return _slot_bytes(length) <= self.segment_bytes
+        return slot_bytes_of(length) <= self.segment_bytes
 
     def has_room(self, length: int) -> bool:
         """Whether ``allocate`` would find a slot now."""
-        return self.fits(length) and bool(self._partial.get(_slot_bytes(length)) or self._unassigned)
+        return self.fits(length) and bool(self._partial.get(slot_bytes_of(length)) or self._unassigned)
 
     def allocate(self, length: int, count: int = 1) -> list[int]:
         """Addresses of slots for ``count`` blocks of ``length`` bytes; of fewer, as far as there is room."""
         addresses: list[int] = []
-        slot_bytes = _slot_bytes(length)
+        slot_bytes = slot_bytes_of(length)
         while len(addresses) < count:
             partial = self._partial.get(slot_bytes)
             if partial is None:
@@ -200,7 +200,7 @@ class Slab:
         for address, length in expected:
             segment = self._segments[(address - self.base_address) // self.segment_bytes]
             _require(address >= end, "two blocks overlap")
-            _require(segment.slot_bytes == _slot_bytes(length), "a block lies in a slot of another size")
+            _require(segment.slot_bytes == slot_bytes_of(length), "a block lies in a slot of another size")
             end = address + segment.slot_bytes
             _require(end <= segment.address + self.segment_bytes, "a block reaches beyond its segment")
         used_bytes = sum(segment.slot_bytes * segment.in_use for segment in self._segments)
@@ -223,7 +223,8 @@ class Slab:
             _require(segment.in_use + len(free) == len(segment.links), "slots in use are miscounted")
 
 
-def _slot_bytes(length: int) -> int:
+def slot_bytes_of(length: int) -> int:
+    """Of the slot that a block takes."""
     return -(-length // PAGE_BYTES) * PAGE_BYTES
 
 

@@ -83,6 +83,7 @@ static bool is_over(int64_t deadline_ns) {
 /* Waits until the socket can go on, not longer than to the deadline. */
 static void wait_for(int fd, short events, int64_t deadline_ns) {
     int64_t left_ms = deadline_ns < 0 ? -1 : (deadline_ns - now_ns()) / 1000000 + 1;
+    if (deadline_ns >= 0 && left_ms < 0) return; /* poll would take it for no limit */
     poll(&(struct pollfd){.fd = fd, .events = events}, 1, left_ms > INT_MAX ? INT_MAX : (int)left_ms);
 }
 

@@ -70,9 +70,10 @@ def encode_frame(message: Message) -> bytearray:
 def encode_before(message: Pulled | Store | Fill, address: int, between: int = 0) -> bytearray:
     """A message as header and payload, before bytes at ``address`` that go out with it.
 
-    A socket copies what it is given into whole pages, one after another. AMD's processors copy at half their
-    speed to a place that lies in its page where the source lies in its own, or less than 32 bytes further on:
-    then some padding is put between. ``between``: bytes that go out before those at ``address`` as well.
+    An empty socket copies what it is given to the start of a page, and on from there. AMD's processors copy
+    at half their speed to a place that lies in its page where the source lies in its own, or less than 32
+    bytes further on: then some padding is put between, twice as much for good measure. ``between``: bytes
+    that go out before those at ``address`` as well.
     """
     frame = encode_frame(message)
     if (len(frame) + between - address) % _PAGE_BYTES < len(_PADDING):

@@ -87,12 +87,12 @@ def load_library(path: str | None = None) -> Library:
 def find_helper(ffi: FFI | None = None) -> tuple[str, FFI.CData]:
     """Where our compiled functions are, and these.
 
-    Raises TransportError if they were not built, or of other sources than those beside this file.
+    Raises TransportError if they were not built, or of another abi.h than that beside this file.
     """
     ffi = ffi if ffi is not None else _declare()
     spec = importlib.util.find_spec(_HELPER)
     if spec is None or spec.origin is None:
-        raise TransportError(f"{_HELPER} is not built: install the package again, with a C compiler at hand")
+        raise TransportError(f"{_HELPER} is not built; install the package again, with a C compiler at hand")
     try:
         # For good: an unload as the interpreter ends would pull the code from under threads of UCX.
         helper = ffi.dlopen(spec.origin, ffi.RTLD_NOW | ffi.RTLD_NODELETE)
@@ -104,8 +104,7 @@ def find_helper(ffi: FFI | None = None) -> tuple[str, FFI.CData]:
         fits = False
     if not fits:
         raise TransportError(
-            f"{spec.origin} was built of other sources than these: install the package again, "
-            "with a C compiler at hand"
+            f"{spec.origin} was built of another abi.h; install the package again, with a C compiler at hand"
         )
     return spec.origin, helper
 

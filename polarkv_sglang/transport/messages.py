@@ -38,6 +38,7 @@ NodeAddress = Annotated[str, msgspec.Meta(max_length=256)]  # host:port
 WorkerAddress = Annotated[bytes, msgspec.Meta(max_length=32 << 10)]
 PackedKey = Annotated[bytes, msgspec.Meta(max_length=16 << 10)]
 Reason = Annotated[str, msgspec.Meta(max_length=512)]
+Padding = Annotated[bytes, msgspec.Meta(max_length=64)]
 Note = Annotated[bytes, msgspec.Meta(max_length=MAX_NOTE_BYTES)]
 
 
@@ -332,7 +333,7 @@ class Pulled(Message, frozen=True, tag="pulled"):
     request_id: Count
     checksum_blob: bytes
     generation_blob: bytes
-    padding: bytes = b""  # see ``encode_before``
+    padding: Padding = b""  # see ``encode_before``
 
     def __post_init__(self) -> None:
         _check_columns(len(self.checksum_blob) // 8, self.checksum_blob, self.generation_blob)
@@ -349,7 +350,7 @@ class Store(Message, frozen=True, tag="store"):
     keys: bytes
     parents: bytes
     length: BlockLength
-    padding: bytes = b""  # see ``encode_before``
+    padding: Padding = b""  # see ``encode_before``
 
     def __post_init__(self) -> None:
         _check_keys(self.keys)
@@ -373,7 +374,7 @@ class Fill(Message, frozen=True, tag="fill"):
 
     request_id: Count
     reservation: Count
-    padding: bytes = b""  # see ``encode_before``
+    padding: Padding = b""  # see ``encode_before``
 
 
 class Release(Message, frozen=True, tag="release"):

@@ -54,7 +54,7 @@ def test_abi_number_changes_with_the_file():
 
 
 @pytest.mark.parametrize("function", ["", "int polar_abi(void) { return 0; }"], ids=["old", "another"])
-def test_helper_of_other_sources_is_refused(tmp_path: Path, function: str):
+def test_helper_of_another_abi_is_refused(tmp_path: Path, function: str):
     source, built = tmp_path / "old.c", tmp_path / "old.so"
     source.write_text(function)
     subprocess.run(["cc", "-shared", "-fPIC", source, "-o", built], check=True, timeout=50)
@@ -66,7 +66,7 @@ old = SimpleNamespace(origin={str(built)!r})
 importlib.util.find_spec = lambda name, *more: old if name.endswith("._batch") else find(name, *more)
 """
     error = report(before=before)
-    assert error.startswith(f"refused: {built} was built of other sources than these: install the package")
+    assert error.startswith(f"refused: {built} was built of another abi.h; install the package")
 
 
 def test_xxh3_comes_from_the_system_where_the_package_has_none(tmp_path):
