@@ -112,6 +112,8 @@ def test_ended_bench_leaves_no_process_behind(number: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever started us in the background of a shell may have had it ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
         bench = psutil.Process(process.pid)
         deadline = time.monotonic() + 30
