@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.mem_cache.utils import get_hash_str
 
 from polarkv_sglang.radix.fetches import Fetches
 from polarkv_sglang.radix.giving_way import GivingWay
@@ -72,6 +73,9 @@ class PolarRadixCache(UnifiedRadixCache):
         self._inserts_at_reset = 0
         self._nothing_cold = (-1, 0)  # inserts and least free tokens at which nothing is left to copy ahead
         self.runtime.kv_dtype = str(params.token_to_kv_pool_allocator.get_kvcache().dtype)
+        # SGLang compiles its page hash where it is first used: in a storage thread, half a minute on a fresh
+        # machine, and a flush that has to wait above 10 s for such a thread ends the engine.
+        get_hash_str([0])
         super().__init__(params)
 
     # Weight updates
