@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOAK ?=
 
 # Setup is redone when the content of any of these changes, not when a checkout touches their dates.
-SETUP_INPUTS := pyproject.toml constraints.txt $(wildcard polarkv_sglang/transport/*.[ch])
+SETUP_INPUTS := pyproject.toml constraints.txt $(wildcard polarkv_sglang/*/*.[ch])
 STAMP := $(VENV)/.setup-$(shell cat $(SETUP_INPUTS) | sha256sum | cut -c1-16)
 
 .PHONY: setup demo test test-full soak lint format clean

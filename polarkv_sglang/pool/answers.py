@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.notes import Notes
-from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
+from polarkv_sglang.transport.columns import split_keys
 from polarkv_sglang.transport.framing import BadFrame
 from polarkv_sglang.transport.messages import (
     Commit,
@@ -36,36 +36,30 @@ def answer(index: Index, notes: Notes, owner: int, request: FromClient) -> Messa
     """
     match request:
         case Locate():
-            lease = index.locate(owner, split_keys(request.keys), request.lease_s)
-            columns = (lease.addresses, lease.lengths, lease.checksums, lease.generations)
-            return Located(request.request_id, lease.number, *map(pack_u64, columns))
+            return Located(request.request_id, *index.locate(owner, request.keys, request.lease_s))
         case Hold():
-            hold = index.hold(owner, split_keys(request.keys), request.lease_s)
-            return Held(request.request_id, hold.number, hold.present)
+            return Held(request.request_id, *index.hold(owner, request.keys, request.lease_s))
         case Renew():
             return Renewed(request.request_id, index.renew(owner, request.lease, request.lease_s))
         case Release():
             index.release(owner, request.lease)
         case Peek():
-            return Peeked(request.request_id, index.peek(split_keys(request.keys)))
+            return Peeked(request.request_id, index.peek(request.keys))
         case Reserve():
-            keys, parents = split_keys(request.keys), split_keys(request.parents)
-            reservation = index.reserve(owner, keys, parents, request.length)
-            addresses = pack_u64(reservation.addresses)
-            return Reserved(request.request_id, reservation.number, addresses, reservation.states)
+            reservation = index.reserve(owner, request.keys, request.parents, request.length)
+            return Reserved(request.request_id, *reservation)
         case Commit():
-            checksums = unpack_u64(request.checksum_blob).tolist()
             try:
-                count = index.commit(owner, request.reservation, request.mask, checksums)
+                count = index.commit(owner, request.reservation, request.mask, request.checksum_blob)
             except ValueError as error:
                 raise BadFrame(str(error)) from error
             return Committed(request.request_id, count)
         case ReportCorrupt():
-            index.report_corrupt(split_keys(request.keys), unpack_u64(request.generation_blob).tolist())
+            index.report_corrupt(request.keys, request.generation_blob)
         case WriteNotes():
             notes.write(split_keys(request.keys), request.notes)
         case ReadNotes():
             return NotesRead(request.request_id, notes.read(split_keys(request.keys)))
         case _:
-            raise BadFrame(f"{type(request).__name__} after authentication")
+            raise BadFrame(f"{type(request).__name__} out of place")
     return None

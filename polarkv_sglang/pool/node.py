@@ -120,6 +120,9 @@ class MemoryNode:
         """The node at this moment."""
         service = self.service
         views, views_left_out = service.views()
+        counted = service.index.statistics()._asdict()
+        counted["sent_blocks_total"] += service.pushers.sent_blocks
+        counted["sent_bytes_total"] += service.pushers.sent_bytes
         return NodeStatistics(
             request_id=request_id,
             node_id=self.node_id,
@@ -131,12 +134,10 @@ class MemoryNode:
             connections=len(service.sessions),
             bad_frames_total=service.bad_frames,
             refused_total=dict(service.refused + service.index.refused()),
-            sent_blocks_total=service.pushers.sent_blocks + service.streams.sent_blocks,
-            sent_bytes_total=service.pushers.sent_bytes + service.streams.sent_bytes,
             failed_sends_total=service.pushers.failed_blocks,
             views=views,
             views_left_out=views_left_out,
-            **service.index.statistics()._asdict(),
+            **counted,
         )
 
     def statistics_from_thread(self, timeout_s: float = 5.0) -> NodeStatistics:
@@ -184,7 +185,7 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
         index = Index(slab)
         pushers = Pushers(index, context, registered)
         stack.push_async_callback(pushers.close)
-        streams = Streams(index, Notes(notes_bytes(slab.capacity_bytes)), library)
+        streams = Streams(index, Notes(notes_bytes(slab.capacity_bytes)))
         stack.push_async_callback(streams.close)
         libucp = f"{'.'.join(map(str, library.version))} ({library.source})"
         node = MemoryNode(

@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
 from polarkv_sglang.errors import TransportError
+from polarkv_sglang.pool.blocks import leading
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.transport import Context, Direction, RegisteredMemory, RemoteKey, Worker
-from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
+from polarkv_sglang.transport.columns import unpack_u64
 from polarkv_sglang.transport.messages import (
     MAX_FETCH_REGIONS,
     MAX_FETCH_S,
@@ -70,18 +70,18 @@ class Pusher:
     async def fetch(self, request: Fetch) -> Fetched:
         """Put what is here; the blocks stay leased until the puts have really ended."""
         deadline = time.monotonic() + min(request.timeout_s, MAX_FETCH_S)
-        shared, keys = self._shared, split_keys(request.keys)
+        shared = self._shared
         # The longest put and its drain end well within the longest lease.
-        lease = shared.index.locate(self._owner, keys, MAX_LEASE_S)
+        lease = shared.index.locate(self._owner, request.keys, MAX_LEASE_S)
         try:
             length = request.pieces * request.piece_bytes
-            run = next((at for at, found in enumerate(lease.lengths) if found != length), len(keys))
-            sent = np.zeros(len(keys), bool)
+            run = leading(unpack_u64(lease.lengths) == length)
+            sent = np.zeros(len(lease.lengths) // 8, bool)
             if run and self in shared.open:
                 if self._thread is None:
                     self._thread = ThreadPoolExecutor(1, thread_name_prefix="polarkv-push")
                 sent[:run] = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._put, request, lease.addresses[:run], deadline
+                    self._thread, self._put, request, unpack_u64(lease.addresses)[:run], deadline
                 )
         finally:
             shared.index.release(self._owner, lease.number)
@@ -89,11 +89,10 @@ class Pusher:
         shared.sent_blocks += count
         shared.sent_bytes += count * length
         shared.failed_blocks += run - count
-        states = np.full(len(keys), FetchState.MISS, np.uint8)
+        states = np.full(len(sent), FetchState.MISS, np.uint8)
         states[:run] = np.where(sent[:run], FetchState.SENT, FetchState.FAILED)
-        checksums = [checksum if ok else 0 for checksum, ok in zip(lease.checksums, sent)]
-        generations = [generation if ok else 0 for generation, ok in zip(lease.generations, sent)]
-        return Fetched(request.request_id, states.tobytes(), pack_u64(checksums), pack_u64(generations))
+        columns = [(unpack_u64(column) * sent).tobytes() for column in (lease.checksums, lease.generations)]
+        return Fetched(request.request_id, states.tobytes(), *columns)
 
     def close(self) -> None:
         """End it once the fetch under way has ended; ``Pushers.close`` waits for that."""
@@ -107,12 +106,14 @@ class Pusher:
         self._shared.ending.add(ending)
         ending.add_done_callback(self._shared.ending.discard)
 
-    def _put(self, request: Fetch, addresses: Sequence[int], deadline: float) -> npt.NDArray[np.bool_]:
+    def _put(
+        self, request: Fetch, addresses: npt.NDArray[np.uint64], deadline: float
+    ) -> npt.NDArray[np.bool_]:
         """Which of the leading blocks arrived; ``addresses`` are theirs in the slab."""
         count, pieces = len(addresses), request.pieces
         # To the transport each piece is a block: it lies in one run at the client, as the slab's part of it.
         offsets = np.arange(pieces, dtype=np.uint64) * np.uint64(request.piece_bytes)
-        local = np.array(addresses, np.uint64)[:, None] + offsets
+        local = addresses[:, None] + offsets
         regions = unpack_u64(request.region_blob)[: local.size].astype(np.uint32)
         try:
             worker = self._usable_worker()

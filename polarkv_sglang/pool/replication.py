@@ -5,31 +5,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from polarkv_sglang.config import parse_address
+from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.pool.blocks import Chain, Pieces
 from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.pool.index import Index, Lease
 from polarkv_sglang.pool.slab import SlabMemory
+from polarkv_sglang.transport.columns import split_keys, unpack_u64
 from polarkv_sglang.transport.messages import MAX_LEASE_S
 
 _QUEUED_BLOCKS = 16384  # asked for and not yet copied; more are dropped, and asked for again if they are hot
 _TARGETS = 64  # memory nodes that we copy to
 _CONNECT_S = 5.0
 _BATCH_BYTES = 64 << 20  # one put: a link of 0.1 GB/s carries it within the client's deadline
-_OWNER = -1  # of our leases; sessions count from 0
+_OWNER = (1 << 64) - 1  # of our leases; sessions count from 0
 
 _logger = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
     target: str  # host:port
-    keys: list[bytes]
+    keys: bytes
 
 
 class _Group(NamedTuple):
@@ -57,13 +59,14 @@ class Replicator:
         self._queued_blocks = 0  # under the lock
         self._clients: dict[str, PoolClient] = {}
 
-    def submit(self, keys: Sequence[bytes], target: str) -> None:
+    def submit(self, keys: bytes, target: str) -> None:
         """Copy these blocks to ``target`` some time; what we do not have or cannot queue is left out."""
+        blocks = len(keys) // KEY_BYTES
         with self._lock:
-            if not keys or self._queued_blocks + len(keys) > _QUEUED_BLOCKS:
+            if not blocks or self._queued_blocks + blocks > _QUEUED_BLOCKS:
                 return
-            self._queued_blocks += len(keys)
-        self._loop.call_soon_threadsafe(self._jobs.put_nowait, _Job(target, list(keys)))
+            self._queued_blocks += blocks
+        self._loop.call_soon_threadsafe(self._jobs.put_nowait, _Job(target, keys))
 
     async def run(self) -> None:
         """Work until cancelled; a batch that is under way then is finished first."""
@@ -71,7 +74,7 @@ class Replicator:
             while True:
                 job = await self._jobs.get()
                 with self._lock:
-                    self._queued_blocks -= len(job.keys)
+                    self._queued_blocks -= len(job.keys) // KEY_BYTES
                 lease = self._index.locate(_OWNER, job.keys, MAX_LEASE_S)
                 copying = asyncio.ensure_future(asyncio.to_thread(self._copy, job, self._groups(job, lease)))
                 try:
@@ -91,18 +94,18 @@ class Replicator:
 
     def _groups(self, job: _Job, lease: Lease) -> list[_Group]:
         """The blocks that are here, by length, in batches that a slow link carries in time."""
-        parents = self._index.describe(job.keys).parents
+        keys, parents = split_keys(job.keys), split_keys(self._index.describe(job.keys).parents)
+        addresses, lengths = unpack_u64(lease.addresses), unpack_u64(lease.lengths)
         groups = []
-        for length in sorted(set(lease.lengths) - {0}):
-            every = [place for place, found in enumerate(lease.lengths) if found == length]
+        for length in sorted(set(lengths.tolist()) - {0}):
+            every = np.flatnonzero(lengths == length)
             count = max(1, _BATCH_BYTES // length)
             for start in range(0, len(every), count):
                 places = every[start : start + count]
-                keys = [job.keys[place] for place in places]
-                blocks = Chain(keys, [parents[place] for place in places], keys)
-                addresses = np.array([[lease.addresses[place]] for place in places], np.uint64)
-                checksums = np.array([lease.checksums[place] for place in places], np.uint64)
-                groups.append(_Group(blocks, Pieces(addresses, length), checksums))
+                names = [keys[place] for place in places]
+                blocks = Chain(names, [parents[place] for place in places], names)
+                pieces = Pieces(addresses[places][:, None], length)
+                groups.append(_Group(blocks, pieces, unpack_u64(lease.checksums)[places]))
         return groups
 
     def _copy(self, job: _Job, groups: list[_Group]) -> None:

@@ -21,7 +21,6 @@ from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.pool.push import Pusher, Pushers
 from polarkv_sglang.pool.stream import Stream, Streams
-from polarkv_sglang.transport.columns import split_keys
 from polarkv_sglang.transport.framing import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_FRAME_BYTES,
@@ -74,7 +73,7 @@ class Service:
     welcome: Welcome  # as ranks get it
     statistics: Callable[[int], NodeStatistics]  # by request_id
     lifelines_changed: Callable[[int], None]  # called with how many are left
-    replicate: Callable[[list[bytes], str], None] | None = None  # keys and target; None: not done here
+    replicate: Callable[[bytes, str], None] | None = None  # keys and target; None: not done here
     sessions: set[Session] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)  # handshakes, by reason
     bad_frames: int = 0
@@ -312,7 +311,7 @@ class Session(asyncio.BufferedProtocol):
 
     def _replicate(self, request: Replicate) -> None:
         if self._service.replicate is not None:
-            self._service.replicate(split_keys(request.keys), request.target)
+            self._service.replicate(request.keys, request.target)
 
     def _start_stream(self, request: StartStream) -> None:
         if self._tls is not None:
@@ -333,7 +332,7 @@ class Session(asyncio.BufferedProtocol):
                 self._replicate,
                 self._stream_ended,
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             _logger.warning("closed the connection of %s: it cannot stream (%s)", self.name, error)
             self.abort()
         else:

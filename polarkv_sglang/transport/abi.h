@@ -171,7 +171,7 @@ void ucp_request_free(void *request);
 
 /* ---- Ours. */
 
-enum { POLAR_ABI = 1 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 2 }; /* of this file: raised with its every change */
 
 /* Entry points of the libucp that Python loaded: the helper is built without UCX and linked to none. */
 typedef struct {
@@ -285,20 +285,6 @@ typedef struct {
     int64_t timeout_ns;
 } polar_exchange_batch;
 
-/* Blocks of one length, or the same parts of each, on their way through a connection. */
-typedef struct {
-    int fd;
-    uint8_t *head; /* goes before the blocks that are sent */
-    uint64_t head_bytes;
-    const uint64_t *blocks; /* [block_count] address; 0: what is received of it is dropped */
-    uint32_t block_count;
-    const uint64_t *parts; /* [part_count][2] where in a block it begins, and its bytes, at least 1 */
-    uint32_t part_count;
-    uint8_t *tail; /* comes behind the blocks that are received */
-    uint64_t tail_bytes;
-    int64_t timeout_ns; /* below 0: none */
-} polar_delivery;
-
 int polar_abi(void); /* POLAR_ABI of the file that the helper was built of */
 int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
                    uint64_t *checksums, polar_outcome *outcome);
@@ -307,8 +293,6 @@ int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, in
 int polar_checksums(polar_hash hash, const uint64_t *local, uint32_t block_count, uint32_t pieces,
                     uint64_t piece_bytes, uint64_t *checksums);
 int polar_exchange(const polar_exchange_batch *batch); /* POLAR_DONE or POLAR_NO_MEMORY */
-int polar_send(const polar_delivery *delivery);        /* 0, or an errno: ETIMEDOUT, or the socket's */
-int polar_receive(const polar_delivery *delivery);
 void polar_endpoint_failed(void *worker, ucp_ep_h handle, ucs_status_t status);
 void polar_add_endpoint(polar_worker *worker, polar_endpoint *endpoint);
 void polar_remove_endpoint(polar_worker *worker, const polar_endpoint *endpoint);

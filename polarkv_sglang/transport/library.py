@@ -13,6 +13,7 @@ from typing import Literal
 from cffi import FFI
 
 from polarkv_sglang.errors import TransportError
+from polarkv_sglang.transport.helper import open_helper
 
 MINIMUM_VERSION = (1, 17, 0)  # below it, peer error handling of RMA is not dependable
 
@@ -85,28 +86,8 @@ def load_library(path: str | None = None) -> Library:
 
 
 def find_helper(ffi: FFI | None = None) -> tuple[str, FFI.CData]:
-    """Where our compiled functions are, and these.
-
-    Raises TransportError if they were not built, or of another abi.h than that beside this file.
-    """
-    ffi = ffi if ffi is not None else _declare()
-    spec = importlib.util.find_spec(_HELPER)
-    if spec is None or spec.origin is None:
-        raise TransportError(f"{_HELPER} is not built; install the package again, with a C compiler at hand")
-    try:
-        # For good: an unload as the interpreter ends would pull the code from under threads of UCX.
-        helper = ffi.dlopen(spec.origin, ffi.RTLD_NOW | ffi.RTLD_NODELETE)
-    except OSError as error:
-        raise TransportError(f"{_HELPER} cannot be opened: {error}") from error
-    try:
-        fits = helper.polar_abi() == helper.POLAR_ABI
-    except AttributeError:
-        fits = False
-    if not fits:
-        raise TransportError(
-            f"{spec.origin} was built of another abi.h; install the package again, with a C compiler at hand"
-        )
-    return spec.origin, helper
+    """Where our compiled functions are, and these; raises as ``open_helper``."""
+    return open_helper(ffi if ffi is not None else _declare(), _HELPER)
 
 
 def probe_system() -> tuple[int, ...] | str:

@@ -21,7 +21,7 @@ import psutil
 from polarkv_sglang.identity import KEY_BYTES, NO_PARENT
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
-from polarkv_sglang.transport.columns import split_keys
+from polarkv_sglang.transport.columns import pack_u64
 
 BATCH = 128
 SEGMENT_BYTES = 64 << 20
@@ -31,12 +31,11 @@ def key(number: int) -> bytes:
     return hashlib.blake2b(number.to_bytes(8, "big"), digest_size=KEY_BYTES).digest()
 
 
-def batch(first: int, chain_blocks: int) -> tuple[list[bytes], list[bytes]]:
-    """Keys and parents, objects of their own, as a request brings them."""
+def batch(first: int, chain_blocks: int) -> tuple[bytes, bytes]:
+    """Keys and parents, as a request brings them."""
     numbers = range(first, first + BATCH)
-    keys = b"".join(map(key, numbers))
-    parents = b"".join(key(number - 1) if number % chain_blocks else NO_PARENT for number in numbers)
-    return split_keys(keys), split_keys(parents)
+    parents = (key(number - 1) if number % chain_blocks else NO_PARENT for number in numbers)
+    return b"".join(map(key, numbers)), b"".join(parents)
 
 
 def resident_bytes() -> int:
@@ -63,7 +62,7 @@ def main() -> None:
     written = blocks * (1 + turnovers) // BATCH * BATCH
     for first in range(0, written, BATCH):
         keys, parents = batch(first, chain_blocks)
-        checksums = [2**64 - 1 - first - position for position in range(BATCH)]
+        checksums = pack_u64([2**64 - 1 - first - position for position in range(BATCH)])
         started = time.perf_counter()
         reservation = index.reserve(1, keys, parents, PAGE_BYTES)
         lap("reserve")
@@ -77,7 +76,7 @@ def main() -> None:
         started = time.perf_counter()
         lease = index.locate(1, keys, 1.0)
         lap("locate")
-        assert all(lease.addresses)
+        assert lease.number
         started = time.perf_counter()
         index.release(1, lease.number)
         lap("release")

@@ -5,16 +5,15 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from typing import Any
 
 import pytest
 
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.pool import leases
-from polarkv_sglang.pool.eviction import EvictionPolicy, LeastRecentlyUsed, Leaves
-from polarkv_sglang.pool.index import RESERVATION_S, Index
+from polarkv_sglang.pool.index import RESERVATION_S
 from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
+from tests.pool.listed import ListedIndex
 
 BASE = 1 << 40
 SEGMENT = 4 * 4096
@@ -24,9 +23,10 @@ SLOT = 4096
 class Pool:
     """An index on four segments of four slots, with a clock of its own."""
 
-    def __init__(self, segments: int = 4, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, segments: int = 4, **limits: Any) -> None:
         self.now = 100.0
-        self.index = Index(Slab(BASE, segments * SEGMENT, SEGMENT), policy, clock=lambda: self.now)
+        slab = Slab(BASE, segments * SEGMENT, SEGMENT)
+        self.index = ListedIndex(slab, clock=lambda: self.now, **limits)
 
     def put(self, keys: list[bytes], *, head: bytes = NO_PARENT, length: int = SLOT) -> bytes:
         """Reserve and commit a chain; the states."""
@@ -48,9 +48,8 @@ def chain(name: str, length: int) -> list[bytes]:
     return [f"{name}{position:03}".encode().ljust(16) for position in range(length)]
 
 
-def test_an_owner_finds_nothing_once_it_has_as_many_leases_as_it_may(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leases, "MOST_ROWS", 100)
-    pool = Pool()
+def test_an_owner_finds_nothing_once_it_has_as_many_leases_as_it_may():
+    pool = Pool(most_leased_rows=100)
     keys = chain("a", 2)
     pool.put(keys)
     numbers = [pool.index.locate(1, keys, 1.0).number for _ in range(10)]
@@ -395,6 +394,7 @@ def test_block_longer_than_a_segment_is_refused_with_one_warning(caplog: pytest.
     pool = Pool()
     for _ in range(3):
         assert pool.put(chain("a", 1), length=SEGMENT + 1) == bytes([KeyState.NO_ROOM])
+        pool.index.expire()
     assert pool.index.refused() == {"too_long": 3}
     assert [record.message for record in caplog.records] == [
         "a block of 16385 B is longer than a segment of 16384 B and was refused; raise --segment"
@@ -404,7 +404,7 @@ def test_block_longer_than_a_segment_is_refused_with_one_warning(caplog: pytest.
 @pytest.mark.parametrize("batch", [1, 3, 1000])
 def test_leaves_go_in_the_order_of_their_last_use(batch: int):
     """Whatever part of them the policy looks at together, and however they were used meanwhile."""
-    pool = Pool(policy=LeastRecentlyUsed(batch))
+    pool = Pool(eviction_batch=batch)
     rng = random.Random(batch)
     order = [chain(f"{number:02}", 1)[0] for number in range(16)]
     for key in order:
@@ -421,7 +421,7 @@ def test_leaves_go_in_the_order_of_their_last_use(batch: int):
 
 @pytest.mark.parametrize("batch", [1, 2, 1000])
 def test_block_that_was_spared_for_its_reader_goes_first_once_that_has_ended(batch: int):
-    pool = Pool(policy=LeastRecentlyUsed(batch))
+    pool = Pool(eviction_batch=batch)
     spared, *others = (chain(f"{number:02}", 1)[0] for number in range(16))
     for key in (spared, *others):
         pool.put([key])
@@ -448,18 +448,8 @@ def test_blocks_that_an_evicting_request_finds_present_stay_evictable():
     assert pool.present(old) == [False] * 16
 
 
-class SuggestsEverything:
-    """A policy that knows nothing of leaves."""
-
-    def add_leaf(self, row: int, last_use: int) -> None:
-        pass
-
-    def suggestions(self, leaves: Leaves) -> Generator[int]:
-        yield from range(17)  # all rows that there can be
-
-
-def test_policy_cannot_make_the_index_evict_what_is_in_use():
-    pool = Pool(policy=SuggestsEverything())
+def test_what_is_written_read_or_continued_is_not_evicted():
+    pool = Pool()
     heads, leased, pending, idle = (chain(name, 4) for name in ("heads", "leased", "pending", "idle"))
     reservation = pool.index.reserve(1, pending, [NO_PARENT] * 4, SLOT)
     for keys in (heads, leased, idle):
@@ -467,12 +457,12 @@ def test_policy_cannot_make_the_index_evict_what_is_in_use():
         assert pool.index.commit(2, states.number, b"\1" * 4, [0] * 4) == 4
     pool.index.locate(1, leased, 10.0)
     pool.index.locate(1, heads[-1:], 10.0)
-    # Of four idle blocks in a chain, one look at everything finds one leaf.
-    asked = pool.index.reserve(1, chain("new", 2), [NO_PARENT] * 2, SLOT)
-    assert asked.states == bytes([KeyState.RESERVED, KeyState.NO_ROOM])
+    asked = pool.index.reserve(1, chain("new", 6), [NO_PARENT] * 6, SLOT)
+    assert asked.states == bytes([KeyState.RESERVED] * 4 + [KeyState.NO_ROOM] * 2)
     assert pool.present(heads + leased) == [True] * 8
-    assert pool.present(idle) == [True] * 3 + [False]
+    assert pool.present(idle) == [False] * 4
     assert pool.index.commit(1, reservation.number, b"\1" * 4, [0] * 4) == 4
+    pool.index.check_integrity()
 
 
 MILLION = 1_000_000

@@ -23,10 +23,10 @@ from hypothesis.stateful import (
 )
 
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.pool.eviction import LeastRecentlyUsed
-from polarkv_sglang.pool.index import RESERVATION_S, Index
+from polarkv_sglang.pool.index import RESERVATION_S
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
 from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
+from tests.pool.listed import ListedIndex
 
 BASE = 1 << 40
 SEGMENT_BYTES = 4 * PAGE_BYTES
@@ -89,9 +89,9 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.index = Index(
+        self.index = ListedIndex(
             Slab(BASE, CAPACITY_BYTES, SEGMENT_BYTES),
-            LeastRecentlyUsed(batch=2),  # so that it has to look again and again
+            eviction_batch=2,  # so that it has to look again and again
             clock=lambda: self.now,
         )
         self.committed: dict[bytes, Stored] = {}
@@ -263,7 +263,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert (number > 0) == (bool(blocks) and sum(with_these.values()) <= CAPACITY_BYTES / 2)
         if not number:
             return multiple()
-        generations = dict(zip(blocks, self.index._table.places(self.index._rows(list(blocks))).generations))
+        generations = dict(zip(blocks, self.index.generations(list(blocks))))
         read = Read(owner, number, self.now + min(lease_s, MAX_LEASE_S), blocks, generations)
         self.read.append(read)
         return read

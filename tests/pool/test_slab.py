@@ -1,99 +1,111 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
+import random
 import re
 import threading
 from pathlib import Path
 
 import pytest
 
-from polarkv_sglang.errors import ConfigError, PolarError
+from polarkv_sglang.errors import ConfigError
+from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.slab import Slab, SlabMemory, default_segment_bytes
+from tests.pool.listed import ListedIndex
 
 MIB = 1 << 20
 SEGMENT = 16 * 4096
 BASE = 1 << 40
 
 
-def fill(slab: Slab, length: int, at_once: int = 1) -> list[int]:
-    addresses: list[int] = []
-    while some := slab.allocate(length, at_once):
-        addresses += some
-    return addresses
+class Slots:
+    """Those that blocks without parents are given; a slot is free again once its reservation is given up."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.index = ListedIndex(Slab(BASE, memory_bytes, SEGMENT), clock=lambda: 0.0)
+        self._keys = (number.to_bytes(16, "big") for number in itertools.count(1))
+        self._reservations: dict[int, int] = {}  # by address
+
+    def take(self, length: int, count: int = 1) -> list[int]:
+        """As many as there are, up to ``count``."""
+        addresses: list[int] = []
+        while len(addresses) < count:
+            made = self.index.reserve(1, [next(self._keys)], [NO_PARENT], length)
+            if not made.number:
+                break
+            addresses += made.addresses
+            self._reservations[made.addresses[0]] = made.number
+        self.index.check_integrity()
+        return addresses
+
+    def free(self, address: int) -> None:
+        self.index.give_up(1, self._reservations.pop(address))
+        self.index.check_integrity()
 
 
-def one(slab: Slab, length: int) -> int:
-    [address] = slab.allocate(length)
-    return address
+def test_capacity_is_never_exceeded():
+    slots = Slots(4 * SEGMENT + 4096)
+    addresses = slots.take(5000, 100)
+    assert len(set(addresses)) == 4 * 8
+    now = slots.index.statistics()
+    assert now.used_bytes == 4 * 8 * 8192 <= now.capacity_bytes == 4 * SEGMENT
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100])
-def test_capacity_is_never_exceeded(at_once: int):
-    slab = Slab(BASE, 4 * SEGMENT + 4096, SEGMENT)
-    addresses = fill(slab, 5000, at_once)
-    assert len(addresses) == 4 * 8
-    assert slab.used_bytes == 4 * 8 * 8192 <= slab.capacity_bytes == 4 * SEGMENT
-    assert not slab.has_room(5000)
-    slab.check_integrity((address, 5000) for address in addresses)
+@pytest.mark.parametrize("count", [1, 3, 33, 100])
+def test_slots_of_one_request_are_as_those_of_many(count: int):
+    slots, keys = Slots(4 * SEGMENT), [bytes([255, number]).ljust(16) for number in range(count)]
+    made = slots.index.reserve(1, keys, [NO_PARENT] * count, 5000)
+    given = [address for address in made.addresses if address]
+    assert given == Slots(4 * SEGMENT).take(5000, count)
+    assert made.addresses == given + [0] * (count - len(given))
+    slots.index.check_integrity()
 
 
 def test_segment_serves_another_size_once_it_is_empty():
-    slab = Slab(BASE, 2 * SEGMENT, SEGMENT)
-    small = fill(slab, 4096)
-    assert slab.allocate(SEGMENT) == []
+    slots = Slots(2 * SEGMENT)
+    small = slots.take(4096, 100)
+    assert slots.take(SEGMENT) == []
     last = small.pop(3)
-    first_segment = [address for address in small if address < BASE + SEGMENT]
-    for address in first_segment:
-        slab.free(address)
-    assert not slab.has_room(SEGMENT)  # one slot of it is still in use
-    slab.free(last)
-    assert slab.allocate(SEGMENT) == [BASE]
-    slab.check_integrity(
-        [(BASE, SEGMENT), *((address, 4096) for address in small if address >= BASE + SEGMENT)]
-    )
+    for address in small:
+        if address < BASE + SEGMENT:
+            slots.free(address)
+    assert slots.take(SEGMENT) == []  # one slot of it is still in use
+    slots.free(last)
+    assert slots.take(SEGMENT) == [BASE]
 
 
 def test_block_longer_than_a_segment_never_fits():
-    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    assert slab.fits(SEGMENT)
-    assert not slab.fits(SEGMENT + 1)
-    assert slab.allocate(SEGMENT + 1) == []
-
-
-def test_freeing_twice_is_an_error():
-    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    address = one(slab, 1)
-    slab.free(address)
-    with pytest.raises(KeyError):
-        slab.free(address)
-
-
-def test_only_the_start_of_a_slot_in_use_can_be_freed():
-    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    assert one(slab, 8192) == BASE
-    for wrong in (BASE + 4096, BASE + 8192, BASE + SEGMENT):  # within it, never used, in another segment
-        with pytest.raises(KeyError):
-            slab.free(wrong)
-    slab.check_integrity([(BASE, 8192)])
+    slots = Slots(4 * SEGMENT)
+    assert slots.take(SEGMENT + 1) == []
+    assert slots.take(SEGMENT) == [BASE]
 
 
 def test_freed_slots_are_used_before_new_ones():
-    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    first, second, third = slab.allocate(4096, 3)
-    slab.free(first)
-    slab.free(second)
-    *again, new = slab.allocate(4096, 3)
+    slots = Slots(4 * SEGMENT)
+    first, second, third = slots.take(4096, 3)
+    slots.free(first)
+    slots.free(second)
+    *again, new = slots.take(4096, 3)
     assert set(again) == {first, second}
     assert (third, new) == (BASE + 2 * 4096, BASE + 3 * 4096)
 
 
-def test_integrity_check_notices_a_leaked_slot():
-    slab = Slab(BASE, 4 * SEGMENT, SEGMENT)
-    slab.allocate(1)
-    with pytest.raises(PolarError, match="slots in use"):
-        slab.check_integrity([])
+def test_segments_of_many_sizes_come_and_go():
+    """Each size for itself, in an order of chance; never two blocks in one place."""
+    dice, slots = random.Random(1), Slots(8 * SEGMENT)
+    held: list[int] = []
+    for _ in range(600):
+        if held and dice.random() < 0.5:
+            slots.free(held.pop(dice.randrange(len(held))))
+        else:
+            held += slots.take(dice.choice((1, 4096, 4097, 8192, 12_288, SEGMENT // 2, SEGMENT)))
+    while held:
+        slots.free(held.pop())
+    assert slots.index.statistics().used_bytes == 0
+    assert len(slots.take(SEGMENT, 9)) == 8
 
 
 @pytest.mark.parametrize(("capacity", "segment"), [(SEGMENT - 1, SEGMENT), (MIB, 0), (MIB, 4097)])

@@ -124,7 +124,7 @@ _HASTY = """
 import sys
 from polarkv_sglang.pool import index, node, stream
 from polarkv_sglang.cli import main
-index.RESERVATION_S = stream.RESERVATION_S = stream.MAX_LEASE_S = 0.2
+index.RESERVATION_S = index.MAX_LEASE_S = 0.2
 node.EXPIRY_INTERVAL_S = 0.05
 sys.argv = sys.argv[3:]
 sys.exit(main())

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import libucx
 import pytest
 from xxhash import _xxhash
 
-from polarkv_sglang.transport import library
+from polarkv_sglang import pool, transport
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,9 +49,12 @@ def old_library(folder: Path) -> Path:
     return folder
 
 
-def test_abi_number_changes_with_the_file():
-    digest = hashlib.sha256(Path(library.__file__).with_name("abi.h").read_bytes()).hexdigest()[:16]
-    assert digest == "005c1a79eecc246c", "abi.h has changed: raise its POLAR_ABI, and put its digest here"
+@pytest.mark.parametrize(
+    ("package", "known"), [(transport, "5b3031bd43903cf9"), (pool, "b1665d0a1abea525")], ids=["transport", "pool"]
+)
+def test_abi_number_changes_with_the_file(package: ModuleType, known: str):
+    digest = hashlib.sha256(Path(package.__path__[0], "abi.h").read_bytes()).hexdigest()[:16]
+    assert digest == known, "abi.h has changed: raise its POLAR_ABI, and put its digest here"
 
 
 @pytest.mark.parametrize("function", ["", "int polar_abi(void) { return 0; }"], ids=["old", "another"])

@@ -101,7 +101,7 @@ int polar_send(const polar_delivery *delivery) {
         ssize_t done;
         int count = 0;
         if (head < delivery->head_bytes)
-            ranges[count++] = (struct iovec){delivery->head + head, delivery->head_bytes - head};
+            ranges[count++] = (struct iovec){(void *)(uintptr_t)(delivery->head + head), delivery->head_bytes - head};
         message.msg_iovlen = add_blocks(delivery, at, ranges, count);
         done = sendmsg(delivery->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (done > 0) {

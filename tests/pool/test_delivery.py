@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import time
@@ -11,13 +12,51 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from polarkv_sglang.transport import load_library
+from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.native import load_native
+from polarkv_sglang.pool.slab import Slab
+from polarkv_sglang.pool.stream import Served
 from polarkv_sglang.transport.columns import pack_u64
-from polarkv_sglang.transport.delivery import Delivery
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, BadFrame
 
 HEAD = bytearray(b"head")
 Parts = list[tuple[int, int]]  # where in a block each begins, and its bytes
+
+
+class Delivery:
+    """The calls, as serve.c makes them."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def send(
+        self, head: bytearray, addresses: list[int] = (), parts: bytes = b"", timeout_s: float = 10.0
+    ) -> None:
+        head_start = load_native().ffi.from_buffer("uint8_t[]", head)
+        self._run("polar_send", addresses, parts, timeout_s, head=head_start, head_bytes=len(head))
+
+    def receive(
+        self,
+        tail: bytearray,
+        tail_bytes: int,
+        addresses: list[int] = (),
+        parts: bytes = b"",
+        timeout_s: float = 10.0,
+    ) -> None:
+        tail_start = load_native().ffi.from_buffer("uint8_t[]", tail)
+        self._run("polar_receive", addresses, parts, timeout_s, tail=tail_start, tail_bytes=tail_bytes)
+
+    def _run(
+        self, function: str, addresses: list[int], parts: bytes, timeout_s: float, **ends: object
+    ) -> None:
+        ffi, node = load_native()
+        words = [ffi.from_buffer("uint64_t[]", blob) for blob in (pack_u64(addresses), parts)]
+        delivery = {"fd": self._fd, "timeout_ns": int(timeout_s * 1e9)} | ends
+        delivery |= {"blocks": words[0], "block_count": len(addresses)}
+        delivery |= {"parts": words[1], "part_count": len(parts) // 16}
+        error = getattr(node, function)(ffi.new("polar_delivery *", delivery))
+        if error:
+            raise OSError(error, os.strerror(error))
 
 
 class Ends:
@@ -28,7 +67,9 @@ class Ends:
             self.ours = socket.create_connection(server.getsockname())
             self.theirs, _ = server.accept()
         self.ours.setblocking(False)
-        self.delivery = Delivery(load_library(), self.ours.fileno())
+        self.delivery = Delivery(self.ours.fileno())
+        index = Index(Slab(1 << 40, 1 << 20, 1 << 20))
+        self.served = Served(index, 1, self.ours.fileno())
 
     def read(self, count: int) -> bytes:
         return self.theirs.recv(count, socket.MSG_WAITALL)
@@ -91,7 +132,7 @@ def test_parts_of_blocks_come_in_order_before_the_tail(ends: Ends, count: int, p
 
 def test_frames_come_one_by_one_and_of_any_length(ends: Ends):
     payloads = [b"", b"one", bytes(200_000), b"two"]
-    receiving = ends.thread.submit(lambda: [bytes(ends.delivery.frame()) for _ in payloads])
+    receiving = ends.thread.submit(lambda: [bytes(ends.served.next_frame()) for _ in payloads])
     for payload in payloads:
         ends.theirs.sendall(len(payload).to_bytes(4, "little") + payload)
     assert receiving.result() == payloads
@@ -100,7 +141,7 @@ def test_frames_come_one_by_one_and_of_any_length(ends: Ends):
 def test_frame_over_the_limit_is_refused(ends: Ends):
     ends.theirs.sendall((MAX_FRAME_BYTES + 1).to_bytes(4, "little"))
     with pytest.raises(BadFrame, match="over the limit"):
-        ends.delivery.frame()
+        ends.served.next_frame()
 
 
 def test_peer_that_stalls_is_waited_for_until_the_time_is_over(ends: Ends):
@@ -139,7 +180,7 @@ def _read_or_write_for_ever(sock: socket.socket, *, reads: bool) -> None:
 
 
 def test_peer_that_goes_ends_the_call(ends: Ends):
-    receiving = ends.thread.submit(ends.delivery.frame)
+    receiving = ends.thread.submit(ends.served.next_frame)
     time.sleep(0.05)
     ends.theirs.close()
     with pytest.raises(ConnectionError):
