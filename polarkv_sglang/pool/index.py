@@ -177,9 +177,7 @@ class Index:
 
     def renew(self, owner: int, number: int, lease_s: float) -> bool:
         """Let a lease end ``lease_s`` seconds from now (MAX_LEASE_S at most); False if it is over already."""
-        return bool(
-            self._node.polar_renew(self.native, owner, number, _lease_ns(lease_s), self._clock_ns())
-        )
+        return bool(self._node.polar_renew(self.native, owner, number, _lease_ns(lease_s), self._clock_ns()))
 
     def release(self, owner: int, number: int) -> None:
         """End a lease; harmless if it has expired."""
@@ -204,9 +202,7 @@ class Index:
         """What committed blocks continue and how long they are. Neither touches nor leases."""
         count = len(keys) // KEY_BYTES
         parents, lengths = bytearray(len(keys)), bytearray(8 * count)
-        self._node.polar_describe(
-            self.native, self._of(keys), count, self._of(parents), self._words(lengths)
-        )
+        self._node.polar_describe(self.native, self._of(keys), count, self._of(parents), self._words(lengths))
         return Description(bytes(parents), bytes(lengths))
 
     def expire(self) -> None:

@@ -50,7 +50,9 @@ def old_library(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("package", "known"), [(transport, "5b3031bd43903cf9"), (pool, "b1665d0a1abea525")], ids=["transport", "pool"]
+    ("package", "known"),
+    [(transport, "5b3031bd43903cf9"), (pool, "b1665d0a1abea525")],
+    ids=["transport", "pool"],
 )
 def test_abi_number_changes_with_the_file(package: ModuleType, known: str):
     digest = hashlib.sha256(Path(package.__path__[0], "abi.h").read_bytes()).hexdigest()[:16]
