@@ -67,24 +67,20 @@ class Lane:
 
         Raises TransportError if its memory cannot be reached in time, NodeError if the node does not answer.
         """
+        streams = control.can_stream and (self._by_processor or not self._reads)
+        if streams:  # before it is ours: nobody else waits for the node's answer
+            control.start_streaming(deadline_s)
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
             pushed = streamed = False
-            if isinstance(route, RemoteKey):
-                with contextlib.ExitStack() as unneeded:
-                    unneeded.callback(_close, route)
-                    emulated = route.endpoint.emulates_get
-                    streamed = emulated and control.can_stream and self._by_processor
-                    pushed = emulated and self._reads and not streamed
-                    if not pushed and not streamed:
-                        unneeded.pop_all()
-            if not streamed:
-                self._set(Link(address, control, None if pushed else route, pushed))
-        if streamed:  # nobody else waits for the node's answer
-            control.start_streaming(deadline_s)
-            with self.lock:
-                self._set(Link(address, control, None, streamed=True))
+            if isinstance(route, RemoteKey) and route.endpoint.emulates_get:
+                streamed = streams and self._by_processor
+                pushed = self._reads and not streamed
+                if pushed or streamed:
+                    _close(route)
+                    route = None
+            self._set(Link(address, control, route, pushed, streamed))
 
     def _set(self, link: Link) -> None:
         self.drop(link.address)

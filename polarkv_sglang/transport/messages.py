@@ -277,17 +277,17 @@ class Fetched(Message, frozen=True, tag="fetched"):
 
 
 class StartStream(Message, frozen=True, tag="start_stream"):
-    """Let blocks go through this connection: for links with nothing better than TCP, not over TLS.
+    """Have a thread of the node serve this connection from now on, at once and by itself; not over TLS.
 
-    From then on the node has a thread for it, which takes ``Pull``, ``Store``, ``Fill``, ``Replicate``, and
-    what is answered from index or notes alone. Nothing may be sent before ``Streaming`` has come.
+    It takes what is answered from index or notes alone, ``Replicate``, and where blocks are to go through the
+    connection ``Pull``, ``Store`` and ``Fill``. Nothing may be sent before ``Streaming`` has come.
     """
 
     request_id: Count
 
 
 class Streaming(Message, frozen=True, tag="streaming"):
-    """Blocks may be sent and asked for."""
+    """Requests may be sent, and blocks."""
 
     request_id: Count
 
