@@ -169,6 +169,20 @@ struct polar_index {
     polar_index_statistics counted;
 };
 
+static inline struct row *row_of(polar_index *index, uint32_t row) {
+    return &index->table.rows[row];
+}
+
+/* Looks for the keys' blocks, which are the found ones until the next call; how many there are. */
+uint32_t find(polar_index *index, const uint8_t *keys, uint32_t count);
+void use(polar_index *index, uint32_t count);           /* of the found blocks heads later than their tails */
+void join(polar_index *index, struct key parent);       /* a block will continue `parent` */
+void unlink_row(polar_index *index, uint32_t row);      /* nobody can find the block any more */
+void discard(polar_index *index, uint32_t row);         /* others get the slot and the row of an unlinked block */
+void expire(polar_index *index, int64_t now_ns);        /* ends the holdings whose time is over */
+void end_lease(polar_index *index, struct holding *lease);
+void abort_reservation(polar_index *index, struct holding *reservation);
+
 #pragma GCC visibility pop
 
 #endif

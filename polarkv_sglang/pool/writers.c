@@ -1,0 +1,215 @@
+/* Reservations of writers, and the room that is made for them. */
+
+#include <string.h>
+
+#include "index.h"
+
+/* Bounds the work of one call where blocks of another length must go until a segment is free; the next one carries
+ * on. */
+enum { MOST_SUGGESTIONS = 8192 };
+
+/* Undoes the reservation of a block. */
+static void abort_row(polar_index *index, uint32_t row) {
+    unlink_row(index, row);
+    discard(index, row);
+}
+
+void abort_reservation(polar_index *index, struct holding *reservation) {
+    for (uint32_t i = 0; i < reservation->count; i++) abort_row(index, reservation->rows[i]);
+    end_holding(&index->reservations, reservation);
+}
+
+/* Evicts blocks of so many bytes that nobody writes, reads or continues; whether there were any. */
+static bool evict(polar_index *index, uint64_t wanted_bytes, uint32_t *suggestions) {
+    bool any = false;
+    while (wanted_bytes && *suggestions) {
+        uint32_t row = next_leaf(&index->eviction, &index->table);
+        uint64_t slot_bytes = slot_bytes_of(row_of(index, row)->length);
+        if (!row) break;
+        --*suggestions;
+        if (row_of(index, row)->leases) continue;
+        unlink_row(index, row);
+        discard(index, row);
+        index->counted.blocks--;
+        index->counted.evictions++;
+        wanted_bytes -= slot_bytes < wanted_bytes ? slot_bytes : wanted_bytes;
+        any = true;
+    }
+    return any;
+}
+
+/* Slots for new blocks, as far as there is room or can be made; how many. */
+static uint32_t make_room(polar_index *index, uint64_t length, uint32_t count, uint64_t *addresses) {
+    uint32_t got = allocate_slots(&index->slab, length, count, addresses), suggestions = MOST_SUGGESTIONS;
+    if (got == count || !fits(&index->slab, length)) return got;
+    while (got < count) {
+        /* Not more at a time: a segment that gets free may be all that was missing. */
+        uint64_t wanted_bytes = (count - got) * slot_bytes_of(length);
+        if (wanted_bytes > index->slab.segment_bytes) wanted_bytes = index->slab.segment_bytes;
+        if (!evict(index, wanted_bytes, &suggestions)) break;
+        got += allocate_slots(&index->slab, length, count - got, addresses + got);
+    }
+    end_suggestions(&index->eviction, &index->table);
+    return got;
+}
+
+/* Makes rows of those keys that are neither here nor being written, and says of the others what they are; NO_ROOM
+ * of those that are named once more. How many. */
+static uint32_t add_new(polar_index *index, const uint8_t *keys, const uint8_t *parents, uint32_t count,
+                        uint32_t *rows, uint8_t *states) {
+    uint64_t first = index->generation;
+    uint32_t added = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t number = find_row(&index->table, key_at(keys, i));
+        struct row *row = row_of(index, number);
+        if (row->state == COMMITTED) {
+            states[i] = POLAR_PRESENT;
+        } else if (row->state == RESERVED) {
+            states[i] = row->generation >= first ? POLAR_NO_ROOM : POLAR_BUSY;
+        } else {
+            states[i] = POLAR_RESERVED;
+            if (!number) number = add_row(&index->table, key_at(keys, i), RESERVED);
+            row = row_of(index, number);
+            row->state = RESERVED;
+            row->generation = index->generation++;
+            row->parent = key_at(parents, i);
+            rows[added++] = number;
+        }
+    }
+    /* Before anything is evicted for them. */
+    for (uint32_t i = 0; i < added; i++) join(index, row_of(index, rows[i])->parent);
+    return added;
+}
+
+static uint64_t reserve(polar_index *index, uint64_t owner, const uint8_t *keys, const uint8_t *parents,
+                        uint32_t count, uint64_t length, bool fill, int64_t now_ns, uint64_t *addresses,
+                        uint8_t *states) {
+    struct holding *reservation;
+    uint32_t added, got, at = 0;
+    if (!has_room(&index->slab, length)) expire(index, now_ns);
+    /* Before any eviction, which relies on later uses having later ticks. */
+    find(index, keys, count);
+    use(index, count);
+    reservation = table_has_room(&index->table, 2 * count) ? new_holding(&index->reservations, owner, count) : NULL;
+    if (!reservation) {
+        memset(states, POLAR_NO_ROOM, count);
+        return 0;
+    }
+    added = add_new(index, keys, parents, count, reservation->rows, states);
+    got = make_room(index, length, added, addresses);
+    for (uint32_t i = 0; i < got; i++) {
+        row_of(index, reservation->rows[i])->address = addresses[i];
+        row_of(index, reservation->rows[i])->length = length;
+    }
+    for (uint32_t i = added; i-- > got;) abort_row(index, reservation->rows[i]);
+    /* Addresses move from where they were put, at the front, to their keys' places. */
+    for (uint32_t i = 0; i < count; i++) at += states[i] == POLAR_RESERVED;
+    for (uint32_t i = count; i--;) {
+        if (states[i] == POLAR_RESERVED) {
+            addresses[i] = --at < got ? addresses[at] : 0;
+            if (!addresses[i]) states[i] = POLAR_NO_ROOM;
+        } else {
+            addresses[i] = 0;
+            /* One that is named once more, and was reserved. */
+            if (states[i] == POLAR_NO_ROOM && find_row(&index->table, key_at(keys, i)) &&
+                row_of(index, find_row(&index->table, key_at(keys, i)))->state == RESERVED)
+                states[i] = POLAR_BUSY;
+        }
+    }
+    if (!got) {
+        end_holding(&index->reservations, reservation);
+        return 0;
+    }
+    reservation->count = got;
+    reservation->deadline_ns = now_ns + index->settings.reservation_ns;
+    reservation->flag = fill;
+    return reservation->number;
+}
+
+static void count_refused(polar_index *index, const uint8_t *states, uint32_t count, uint64_t length) {
+    uint64_t refused = 0;
+    for (uint32_t i = 0; i < count; i++) refused += states[i] == POLAR_NO_ROOM;
+    if (fits(&index->slab, length)) {
+        index->counted.no_room += refused;
+    } else if (refused) {
+        index->counted.too_long += refused;
+        if (length > index->counted.longest) index->counted.longest = length;
+    }
+}
+
+uint64_t polar_reserve(polar_index *index, uint64_t owner, const uint8_t *keys, const uint8_t *parents,
+                       uint32_t count, uint64_t length, int fill, int64_t now_ns, uint64_t *addresses,
+                       uint8_t *states) {
+    uint64_t number;
+    pthread_mutex_lock(&index->lock);
+    number = reserve(index, owner, keys, parents, count, length, fill, now_ns, addresses, states);
+    count_refused(index, states, count, length);
+    pthread_mutex_unlock(&index->lock);
+    return number;
+}
+
+static uint32_t commit(polar_index *index, struct holding *reservation, const uint8_t *mask,
+                       const uint64_t *checksums) {
+    uint32_t committed = 0;
+    index->tick += reservation->count;
+    for (uint32_t i = 0; i < reservation->count; i++) {
+        struct row *row = row_of(index, reservation->rows[i]);
+        if (!mask[i]) {
+            abort_row(index, reservation->rows[i]);
+            continue;
+        }
+        row->state = COMMITTED;
+        row->checksum = checksums[i];
+        row->last_use = index->tick - i;
+        add_leaf(&index->eviction, index->table.rows, reservation->rows[i]);
+        committed++;
+    }
+    index->counted.blocks += committed;
+    index->counted.commits += committed;
+    end_holding(&index->reservations, reservation);
+    return committed;
+}
+
+int64_t polar_commit(polar_index *index, uint64_t owner, uint64_t number, const uint8_t *mask,
+                     const uint64_t *checksums, uint32_t count) {
+    struct holding *reservation;
+    int64_t committed = 0;
+    pthread_mutex_lock(&index->lock);
+    reservation = find_holding(&index->reservations, owner, number);
+    if (!reservation)
+        for (uint32_t i = 0; i < count; i++) index->counted.late_commits += mask[i] != 0;
+    else if (reservation->count != count)
+        committed = -(int64_t)reservation->count;
+    else
+        committed = commit(index, reservation, mask, checksums);
+    pthread_mutex_unlock(&index->lock);
+    return committed;
+}
+
+uint32_t polar_fill(polar_index *index, uint64_t owner, uint64_t number, int64_t now_ns, uint64_t *addresses,
+                    uint64_t *length, int64_t *left_ns) {
+    struct holding *reservation;
+    uint32_t count = 0;
+    pthread_mutex_lock(&index->lock);
+    reservation = find_holding(&index->reservations, owner, number);
+    if (reservation) {
+        reservation->flag = true;
+        for (; count < reservation->count; count++)
+            addresses[count] = row_of(index, reservation->rows[count])->address;
+        *length = row_of(index, reservation->rows[0])->length;
+        *left_ns = reservation->deadline_ns - now_ns;
+    }
+    pthread_mutex_unlock(&index->lock);
+    return count;
+}
+
+void polar_give_up(polar_index *index, uint64_t owner, uint64_t number, int64_t now_ns) {
+    struct holding *reservation;
+    pthread_mutex_lock(&index->lock);
+    reservation = find_holding(&index->reservations, owner, number);
+    if (reservation) {
+        index->counted.expired_reservations += reservation->deadline_ns <= now_ns;
+        abort_reservation(index, reservation);
+    }
+    pthread_mutex_unlock(&index->lock);
+}
