@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from typing import NamedTuple
 
 import psutil
@@ -19,6 +21,25 @@ def usage(pid: int) -> Usage:
     with open(f"/proc/{pid}/status", encoding="ascii") as status:
         fields = dict(line.split(":", 1) for line in status)
     return Usage(process.num_threads(), process.num_fds(), int(fields["RssAnon"].split()[0]) << 10)
+
+
+def descriptors(pid: int) -> Counter[str]:
+    """What a process has open, by what each is: a TCP socket by its state and our port where many share it."""
+    process = psutil.Process(pid)
+    connections = [c for c in process.net_connections("tcp") if c.fd >= 0]
+    ports = Counter(c.laddr.port for c in connections)
+    named = {
+        c.fd: f"tcp {c.status} {c.laddr.port if ports[c.laddr.port] > 1 else 'of its own'}"
+        for c in connections
+    }
+    kinds: Counter[str] = Counter()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:  # that of the listing itself, or closed meanwhile
+            continue
+        kinds[named.get(int(name), target.partition(":[")[0])] += 1
+    return kinds
 
 
 def engine_processes(root_pid: int) -> dict[str, int]:

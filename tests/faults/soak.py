@@ -30,7 +30,7 @@ from tests.engine.servers import STRICT_CHECKS, Server, prompt, running_server
 from tests.faults import conversations, schedule
 from tests.faults.conversations import Answered, Turn, Users
 from tests.faults.pool import DEADLINE_S, STEADY, TOKEN, VICTIM, Pool
-from tests.faults.resources import Usage, engine_processes, usage
+from tests.faults.resources import Usage, descriptors, engine_processes, usage
 from tests.faults.traffic import Tally
 
 # L1 (and L2) hold a fraction of the conversations, and short turns are worth fetching too.
@@ -137,6 +137,7 @@ class Soak:
         self._seed = seed
         self._started = time.monotonic()
         self._faults: Counter[str] = Counter()
+        self._descriptors: dict[str, Counter[str]] = {}  # of each process, when all was settled
 
     def run(self) -> Outcome:
         """AssertionError if a client met a wrong byte, or if something that was mended did not come back."""
@@ -202,15 +203,28 @@ class Soak:
         while growth(before or now, now) and time.monotonic() < end:
             time.sleep(0.5)
             now = self._usage()
+        self._tell_descriptors()
         users.resume()
         return now
 
+    def _tell_descriptors(self) -> None:
+        """What processes have opened and closed since the last time."""
+        for name, pid in self._processes().items():
+            now = descriptors(pid)
+            before = self._descriptors.setdefault(name, now)
+            changes = [f"+{count} {kind}" for kind, count in (now - before).items()]
+            changes += [f"-{count} {kind}" for kind, count in (before - now).items()]
+            if changes:
+                self._say(f"descriptors of {name}: {', '.join(changes)}")
+
     def _usage(self) -> dict[str, Usage]:
+        return {name: usage(pid) for name, pid in self._processes().items()}
+
+    def _processes(self) -> dict[str, int]:
         engine = engine_processes(self._server.process.pid)
         pids = {f"engine {name}": pid for name, pid in engine.items()}
         pids |= {f"memory node {number}": node.running.pid for number, node in enumerate(self._pool.nodes, 1)}
-        pids |= {f"client {number}": client.pid for number, client in enumerate(self._pool.steady, 1)}
-        return {name: usage(pid) for name, pid in pids.items()}
+        return pids | {f"client {number}": client.pid for number, client in enumerate(self._pool.steady, 1)}
 
     def _left_over(self, number: int) -> Iterator[str]:
         """What a memory node still holds for those who are gone."""
