@@ -24,13 +24,12 @@ def usage(pid: int) -> Usage:
 
 
 def descriptors(pid: int) -> Counter[str]:
-    """What a process has open, by what each is: a TCP socket by its state and our port where many share it."""
-    process = psutil.Process(pid)
-    connections = [c for c in process.net_connections("tcp") if c.fd >= 0]
-    ports = Counter(c.laddr.port for c in connections)
+    """What a process has open, by what each is: of a TCP socket its state, and a port that several have."""
+    connections = [held for held in psutil.Process(pid).net_connections("tcp") if held.fd >= 0]
+    ports = Counter(held.laddr.port for held in connections)
     named = {
-        c.fd: f"tcp {c.status} {c.laddr.port if ports[c.laddr.port] > 1 else 'of its own'}"
-        for c in connections
+        held.fd: f"tcp {held.status} {held.laddr.port if ports[held.laddr.port] > 1 else 'alone'}"
+        for held in connections
     }
     kinds: Counter[str] = Counter()
     for name in os.listdir(f"/proc/{pid}/fd"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from sglang.srt.mem_cache.cpp_utils import native_hash
 
 from polarkv_sglang.config import PolarConfig
 from polarkv_sglang.radix import Decision, NodeView, Rates
@@ -31,6 +32,13 @@ def test_a_prompt_comes_back_after_l1_and_l2_are_lost(node: RunningNode, mla: bo
         engine.forget()
         assert engine.serve(prompt(1, 256)) == (0, 0, 256)
         engine.cache.sanity_check()
+
+
+def test_sglangs_page_hash_is_compiled_before_anything_is_served() -> None:
+    """A storage thread that compiled it at a first request would be waited for by a flush, in vain."""
+    native_hash._load_native_hash_module.cache_clear()
+    with an_engine(PolarConfig(nodes=("127.0.0.1:1",))):
+        assert native_hash._load_native_hash_module.cache_info().currsize == 1
 
 
 def test_what_one_engine_computed_another_fetches_at_once(node: RunningNode) -> None:
