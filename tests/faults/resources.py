@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -24,20 +25,16 @@ def usage(pid: int) -> Usage:
 
 
 def descriptors(pid: int) -> Counter[str]:
-    """What a process has open, by what each is: of a TCP socket its state, and a port that several have."""
-    connections = [held for held in psutil.Process(pid).net_connections("tcp") if held.fd >= 0]
-    ports = Counter(held.laddr.port for held in connections)
-    named = {
-        held.fd: f"tcp {held.status} {held.laddr.port if ports[held.laddr.port] > 1 else 'alone'}"
-        for held in connections
-    }
+    """What a process has open, by what each is; of a TCP socket its state."""
+    states = {held.fd: held.status for held in psutil.Process(pid).net_connections("tcp")}
     kinds: Counter[str] = Counter()
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
             target = os.readlink(f"/proc/{pid}/fd/{name}")
-        except FileNotFoundError:  # that of the listing itself, or closed meanwhile
+        except FileNotFoundError:  # closed meanwhile
             continue
-        kinds[named.get(int(name), target.partition(":[")[0])] += 1
+        # UCX names its shared memory by a number that is each time another.
+        kinds[states.get(int(name)) or re.sub(r"(:\[|_[0-9a-f]+ ).*", "", target)] += 1
     return kinds
 
 
