@@ -17,7 +17,7 @@ from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
 from polarkv_sglang.pool.parts import pull_parts
 from polarkv_sglang.pool.placement import ranking
-from polarkv_sglang.pool.requests import Requests, Route, Streamed
+from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import CHUNK_BYTES, DRAIN_S, Direction, Library, checksums
 from polarkv_sglang.transport.columns import checksums_from, pack_u64, seal, unpack_u64
@@ -33,7 +33,7 @@ from polarkv_sglang.transport.messages import (
     Replicate,
     ReportCorrupt,
 )
-from polarkv_sglang.transport.stream import Answer
+from polarkv_sglang.transport.stream import Answer, Call
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class _Found(NamedTuple):
     addresses: npt.NDArray[np.uint64] | None  # in the node; None: the bytes are here already
     checksums: npt.NDArray[np.uint64]
     generations: npt.NDArray[np.uint64]
-    sums: npt.NDArray[np.uint64] | None = None  # of the bytes that are here, if they were hashed already
+    right: npt.NDArray[np.bool_] | None = None  # whether the bytes that are here are, if it is known already
 
 
 class Reader:
@@ -104,7 +104,7 @@ class Reader:
             answers = pull_parts(self._lane, self._requests, routes, chain, pieces, stages, by)
             if answers is not None:
                 # Their checksums are those of whole blocks, which are here only now.
-                pulled = [_pulled(*answer)._replace(sums=None) for answer in answers]
+                pulled = [_pulled(*answer)._replace(right=None) for answer in answers]
                 done = self._take(batch, pulled)
                 if self._copies > 1:
                     self._spread(chain, pulled, done)
@@ -161,8 +161,8 @@ class Reader:
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, length) for route, reply in located if reply.lease]
         pulling = [_pull(batch, route) for route in routes if route.link.streamed]
-        for route, answer in self._requests.stream(self._lane, pulling, batch.pieces, fetch_by):
-            found.append(_pulled(route, answer))
+        pulled = self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, fetch_by)
+        found += [_pulled(route, answer) for route, answer in pulled]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
         failed = [route.link for route, reply in fetched if FetchState.FAILED in reply.states]
         if failed and len(fetched) == len(fetching):
@@ -176,24 +176,12 @@ class Reader:
         the time that a small block takes."""
         done = np.zeros(len(batch.chain), bool)
         by = batch.started + _FETCH_BY * self._deadline_s
-        pulling = _pull(batch, route)
-        for _, answer in self._requests.stream(self._lane, [pulling], batch.pieces, by):
-            pulled = _pulled(route, answer)
-            self._check(batch, pulled, answer.checksums[: len(pulled.blocks)], done)
+        pulling = [_pull(batch, route)]
+        for _, answer in self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, by):
+            if 0 in answer.right:
+                return self._take(batch, [_pulled(route, answer)])
+            done[: len(answer.right)] = True
         return done
-
-    def _check(
-        self, batch: _Batch, part: _Found, sums: npt.NDArray[np.uint64], done: npt.NDArray[np.bool_]
-    ) -> None:
-        """Mark blocks that arrived in ``done`` if they are right, report them if they are not."""
-        if sums.tobytes() == part.checksums.tobytes():
-            done[part.blocks] = True
-        else:
-            right = sums == part.checksums
-            done[part.blocks] = right
-            for position in np.flatnonzero(~right).tolist():
-                key = batch.chain.keys[part.blocks[position]]
-                self._report(key, part.link, int(part.generations[position]))
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
         assert self._lane.worker is not None
@@ -229,13 +217,13 @@ class Reader:
         done = np.zeros(len(chain), bool)
         for part in found:
             arrived = np.ones(len(part.blocks), bool)
-            if part.sums is not None:
-                sums = part.sums
+            if part.right is not None:
+                right = part.right
             elif part.addresses is None:
-                sums = self._checksums(pieces, part.blocks)
+                right = self._checksums(pieces, part.blocks) == part.checksums
             else:
-                arrived, sums = moved.arrived[part.blocks], moved.checksums[part.blocks]
-            right = sums == part.checksums
+                arrived = moved.arrived[part.blocks]
+                right = moved.checksums[part.blocks] == part.checksums
             done[part.blocks] = arrived & right
             for position in np.flatnonzero(arrived & ~right).tolist():
                 self._report(chain.keys[part.blocks[position]], part.link, int(part.generations[position]))
@@ -334,9 +322,10 @@ def _fetched(route: Route, reply: Fetched) -> _Found:
     )
 
 
-def _pull(batch: _Batch, route: Route) -> Streamed:
-    keys = blob(batch.chain.keys, route.blocks)
-    return Streamed(route, Pull(route.link.control.next_id(), keys, batch.pieces.block_bytes))
+def _pull(batch: _Batch, route: Route) -> tuple[Route, Call]:
+    control = route.link.control
+    message = Pull(control.next_id(), blob(batch.chain.keys, route.blocks), batch.pieces.block_bytes)
+    return route, Call(control, message, batch.pieces.of(route.blocks))
 
 
 def _pulled(route: Route, answer: Answer) -> _Found:
@@ -349,7 +338,7 @@ def _pulled(route: Route, answer: Answer) -> _Found:
         None,
         checksums,
         unpack_u64(answer.reply.generation_blob),
-        answer.checksums[: len(checksums)],
+        np.frombuffer(answer.right, np.bool_),
     )
 
 
@@ -361,5 +350,5 @@ def _head(part: _Found, end: int) -> _Found:
         addresses=part.addresses[kept] if part.addresses is not None else None,
         checksums=part.checksums[kept],
         generations=part.generations[kept],
-        sums=part.sums[kept] if part.sums is not None else None,
+        right=part.right[kept] if part.right is not None else None,
     )

@@ -6,26 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from polarkv_sglang.errors import NodeError
-from polarkv_sglang.pool.blocks import Blocks, Pieces
+from polarkv_sglang.pool.blocks import Blocks
 from polarkv_sglang.pool.link import Lane, Link
-from polarkv_sglang.transport import Library
 from polarkv_sglang.transport.control import answers
 from polarkv_sglang.transport.messages import (
     Answered,
-    Fill,
     Message,
-    Pull,
     Release,
     Replicate,
     ReportCorrupt,
-    Store,
     WriteNotes,
 )
-from polarkv_sglang.transport.stream import Answer, Call, exchange
+from polarkv_sglang.transport.stream import Answer, Call
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
@@ -48,23 +41,13 @@ class Sent(NamedTuple):
     message: Answered
 
 
-class Streamed(NamedTuple):
-    """A request whose blocks go through the link's connection."""
-
-    route: Route
-    message: Pull | Store | Fill
-    expected: npt.NDArray[np.uint64] | None = None  # checksums of what is written, one per block
-    sent: bool = False  # the node has the request already
-
-
 class Requests:
     """Sends and collects requests over a lane whose lock the caller holds; a node that fails is left out.
 
     A failed link is dropped from its lane and reported to ``on_failure`` with the node's address and why.
     """
 
-    def __init__(self, library: Library, on_failure: Callable[[str, str], None]) -> None:
-        self._library = library
+    def __init__(self, on_failure: Callable[[str, str], None]) -> None:
         self._on_failure = on_failure
 
     def send(
@@ -127,8 +110,8 @@ class Requests:
     def stream(
         self,
         lane: Lane,
-        calls: Sequence[Streamed],
-        pieces: Pieces,
+        calls: Sequence[tuple[Route, Call]],
+        piece_bytes: int,
         deadline: float,
         *,
         digest: bool = True,
@@ -137,27 +120,25 @@ class Requests:
 
         Past the deadline nobody is asked, or blamed; who was asked before may have answered by then.
         """
-        # A link may have been given up since it answered.
-        calls = [call for call in calls if lane.links.get(call.route.link.address) is call.route.link]
-        if time.monotonic() >= deadline:
-            calls = [call for call in calls if call.sent]
+        late = time.monotonic() >= deadline
+        if late:
             deadline = time.monotonic() + _LATE_S
-        outcomes = exchange(
-            self._library,
-            [
-                Call(route.link.control, message, pieces.of(route.blocks), expected, sent)
-                for route, message, expected, sent in calls
-            ],
-            pieces.piece_bytes,
-            deadline,
-            digest=digest,
-        )
+        # A link may have been given up since it answered.
+        asked = [
+            (route, call)
+            for route, call in calls
+            if lane.links.get(route.link.address) is route.link and (call.sent or not late)
+        ]
+        if not asked:
+            return []
+        assert lane.exchange is not None
+        outcomes = lane.exchange.run([call for _, call in asked], piece_bytes, deadline, digest=digest)
         answered: list[tuple[Route, Answer]] = []
-        for call, outcome in zip(calls, outcomes):
+        for (route, _), outcome in zip(asked, outcomes):
             if isinstance(outcome, NodeError):
-                self.fail(lane, call.route.link, str(outcome))
+                self.fail(lane, route.link, str(outcome))
             else:
-                answered.append((call.route, outcome))
+                answered.append((route, outcome))
         return answered
 
     def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate | WriteNotes) -> None:

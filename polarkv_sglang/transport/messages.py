@@ -545,5 +545,6 @@ def _check_seconds(name: str, seconds: float) -> None:
 
 
 def _check_columns(count: int, *blobs: bytes) -> None:
-    if any(len(blob) != 8 * count for blob in blobs):
-        raise ValueError(f"a column does not hold {count} numbers of 8 bytes")
+    for blob in blobs:
+        if len(blob) != 8 * count:
+            raise ValueError(f"a column does not hold {count} numbers of 8 bytes")

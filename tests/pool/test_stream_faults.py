@@ -30,7 +30,7 @@ from polarkv_sglang.transport.messages import (
     Stored,
     View,
 )
-from polarkv_sglang.transport.stream import Answer, Call, exchange
+from polarkv_sglang.transport.stream import Answer, Call, Exchange
 from tests.pool.streams import (
     BLOCK,
     BUSY,
@@ -246,7 +246,7 @@ def test_silent_node_does_not_take_the_blocks_of_another(node: RunningNode, cont
             Call(silent, Pull(silent.next_id(), keys(2), BLOCK), other.addresses),
             Call(control, Pull(control.next_id(), keys(2), BLOCK), target.addresses),
         ]
-        failed, answer = exchange(load_library(), calls, PIECE, time.monotonic() + 0.4)
+        failed, answer = Exchange(load_library()).run(calls, PIECE, time.monotonic() + 0.4)
         assert isinstance(failed, NodeError)
         assert isinstance(answer, Answer)
         assert (target.blocks() == source.blocks()).all()
