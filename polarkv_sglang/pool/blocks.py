@@ -80,6 +80,14 @@ def blob(keys: Sequence[bytes], blocks: Blocks) -> bytes:
     return b"".join([keys[block] for block in blocks.tolist()])
 
 
+def spread(values: bytes, blocks: Blocks, over: bytearray) -> None:
+    """Put one byte for each of some blocks, in the chain's order, to its place among those of all blocks."""
+    if len(values) == len(over):
+        over[:] = values
+    else:
+        np.frombuffer(over, np.uint8)[blocks] = np.frombuffer(values, np.uint8)
+
+
 def leading(mask: npt.NDArray[np.bool_]) -> int:
     """How many True the mask begins with."""
     return len(mask) if mask.all() else int(mask.argmin())

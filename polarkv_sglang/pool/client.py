@@ -124,7 +124,7 @@ class PoolClient:
             self.library,
             deadline_s=deadline_s,
             copies=copies,
-            on_corrupt=lambda blocks: self._count(corrupt_blocks=blocks),
+            on_corrupt=self._corrupt,
         )
         self._writer = Writer(
             self._put_lane, self.membership, self._requests, self._memory, deadline_s=deadline_s
@@ -185,20 +185,16 @@ class PoolClient:
         all blocks come part by part, if all were found where they can be read in parts; otherwise no arrival
         is told. An arrival says nothing about the bytes: only the answer does, and it is for all parts.
         """
-        done = np.zeros(len(chain), bool)
         with self._turn(self._get_lane) as in_time:
             started = time.monotonic()  # waiting for others says nothing about the pool
-            if in_time:
-                done = self._reader.read(chain, pieces, stages)
+            done = self._reader.read(chain, pieces, stages) if in_time else bytes(len(chain))
             spent_s = time.monotonic() - started
-        count = int(np.count_nonzero(done))
-        self._count(
-            got_blocks=count,
-            got_bytes=count * pieces.block_bytes,
-            missed_blocks=len(chain) - count,
-            get_s=spent_s if count else 0.0,
-        )
-        return done
+        count, counters = done.count(1), self._counters
+        counters["got_blocks"] += count
+        counters["got_bytes"] += count * pieces.block_bytes
+        counters["missed_blocks"] += len(done) - count
+        counters["get_s"] += spent_s if count else 0.0
+        return np.frombuffer(bytearray(done), np.bool_)
 
     def put(
         self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None = None
@@ -212,13 +208,11 @@ class PoolClient:
             if not in_time:
                 return np.zeros(len(chain), bool)
             outcomes = self._writer.write(chain, pieces, checksums)
-        count = outcomes.count(WRITTEN)
-        self._count(
-            put_blocks=count,
-            put_bytes=count * pieces.block_bytes,
-            present_blocks=outcomes.count(PRESENT),
-            put_s=time.monotonic() - started if count else 0.0,
-        )
+        count, counters = outcomes.count(WRITTEN), self._counters
+        counters["put_blocks"] += count
+        counters["put_bytes"] += count * pieces.block_bytes
+        counters["present_blocks"] += outcomes.count(PRESENT)
+        counters["put_s"] += time.monotonic() - started if count else 0.0
         return np.frombuffer(outcomes, np.uint8).astype(bool)
 
     def write_notes(self, notes: Mapping[bytes, bytes]) -> None:
@@ -259,12 +253,11 @@ class PoolClient:
         return _Turn(lane.lock, self.deadline_s)
 
     def _failed(self, address: str, reason: str) -> None:
-        self._count(failed_batches=1)
+        self._counters["failed_batches"] += 1
         self.membership.down(address, reason)
 
-    def _count(self, **increments: float) -> None:
-        for name, value in increments.items():
-            self._counters[name] += value
+    def _corrupt(self) -> None:
+        self._counters["corrupt_blocks"] += 1
 
 
 class _Turn:

@@ -79,7 +79,7 @@ class Reader:
         *,
         deadline_s: float,
         copies: int,
-        on_corrupt: Callable[[int], None],
+        on_corrupt: Callable[[], None],
     ) -> None:
         self._lane = lane
         self._membership = membership
@@ -93,8 +93,8 @@ class Reader:
         self._heat = HotStripes()
         self._on_corrupt = on_corrupt
 
-    def read(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> npt.NDArray[np.bool_]:
-        """See ``PoolClient.get``."""
+    def read(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> bytes:
+        """See ``PoolClient.get``; per block 1 or 0."""
         nodes = usable_nodes(self._lane, self._membership.live)
         batch = _Batch(chain, pieces, nodes, time.monotonic())
         if stages is not None:
@@ -108,7 +108,7 @@ class Reader:
                 done = self._take(batch, pulled)
                 if self._copies > 1:
                     self._spread(chain, pulled, done)
-                return done
+                return done.tobytes()
         if self._copies == 1:
             routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
             if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain):
@@ -134,7 +134,7 @@ class Reader:
                 self._requests.tell(self._lane, part.link, Release(part.lease))
         if self._copies > 1:
             self._spread(chain, found, done)
-        return done
+        return done.tobytes()
 
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
         """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
@@ -171,17 +171,17 @@ class Reader:
             self._requests.fail(self._lane, link, "it could not put what was read into this process's memory")
         return found + [_fetched(route, reply) for route, reply in fetched]
 
-    def _pull_all(self, batch: _Batch, route: Route) -> npt.NDArray[np.bool_]:
+    def _pull_all(self, batch: _Batch, route: Route) -> bytes:
         """What ``read`` does, in fewer steps, where one connection leads to all blocks: the steps are half of
         the time that a small block takes."""
-        done = np.zeros(len(batch.chain), bool)
         by = batch.started + _FETCH_BY * self._deadline_s
         pulling = [_pull(batch, route)]
+        done = b""
         for _, answer in self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, by):
             if 0 in answer.right:
-                return self._take(batch, [_pulled(route, answer)])
-            done[: len(answer.right)] = True
-        return done
+                return self._take(batch, [_pulled(route, answer)]).tobytes()
+            done = answer.right
+        return done.ljust(len(batch.chain), b"\0")
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
         assert self._lane.worker is not None
@@ -270,7 +270,7 @@ class Reader:
 
     def _report(self, key: bytes, link: Link, generation: int) -> None:
         """A block is not what was written."""
-        self._on_corrupt(1)
+        self._on_corrupt()
         logger.error(
             "PolarKV: block %s from %s has a wrong checksum; it is dropped from the pool",
             key.hex(),

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.pool.blocks import Chain, Pieces, blob
+from polarkv_sglang.pool.blocks import Chain, Pieces, blob, spread
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
@@ -35,6 +35,7 @@ _COMMIT_S = 0.1  # at least
 _UNASKED_BYTES = 1 << 20
 # What became of a block, as one byte; 0: the pool does not have it.
 WRITTEN, PRESENT = 1, 2  # by this call; before it, or by another that is at it
+_WRITTEN = bytes([WRITTEN])
 # As plain numbers: a member of an enum takes a microsecond to look up.
 _RESERVED, _PRESENT, _BUSY = int(KeyState.RESERVED), int(KeyState.PRESENT), int(KeyState.BUSY)
 # Of what a node says of its keys, those in state RESERVED written.
@@ -64,7 +65,7 @@ class Writer:
     def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> bytes:
         """See ``PoolClient.put``; per block WRITTEN, PRESENT or 0."""
         started = time.monotonic()
-        outcomes = np.zeros(len(chain), np.uint8)
+        outcomes = bytearray(len(chain))
         reserved: dict[str, tuple[int, Part]] = {}  # by node
         streaming: list[tuple[Route, Call]] = []
         asking: list[Route] = []
@@ -74,42 +75,39 @@ class Writer:
                 streaming.append(_store(chain, pieces, route, checksums))
             else:
                 asking.append(route)
-        for route, reply in self._reserve(chain, pieces, asking, started + _RESERVE_BY * self._deadline_s):
-            its = np.frombuffer(reply.states.translate(_OUTCOMES), np.uint8)
-            ours = its == WRITTEN  # but not yet
-            outcomes[route.blocks] = np.where(ours, 0, its)
-            if ours.any():
-                if route.link.streamed:
-                    part = Route(route.link, route.blocks[ours])
-                    streaming.append(_fill(pieces, part, reply, checksums))
+        if asking:
+            reserve_by = started + _RESERVE_BY * self._deadline_s
+            for route, reply in self._reserve(chain, pieces, asking, reserve_by):
+                its = reply.states.translate(_OUTCOMES)
+                spread(its.replace(_WRITTEN, b"\0"), route.blocks, outcomes)  # not yet
+                ours = np.frombuffer(its, np.uint8) == WRITTEN
+                if not ours.any():
                     continue
-                addresses = unpack_u64(reply.address_blob)[ours]
-                reserved[route.link.address] = (
-                    reply.reservation,
-                    Part(route.link, route.blocks[ours], addresses),
-                )
-        share = _MOVE_BY if reserved else 1.0
-        self._stream(streaming, pieces.piece_bytes, started + share * self._deadline_s, outcomes)
+                blocks = route.blocks[ours]
+                if route.link.streamed:
+                    streaming.append(_fill(pieces, Route(route.link, blocks), reply, checksums))
+                else:
+                    part = Part(route.link, blocks, unpack_u64(reply.address_blob)[ours])
+                    reserved[route.link.address] = reply.reservation, part
+        if streaming:
+            share = _MOVE_BY if reserved else 1.0
+            self._stream(streaming, pieces.piece_bytes, started + share * self._deadline_s, outcomes)
         if reserved:
             self._move(reserved, pieces, checksums, started, outcomes)
-        return outcomes.tobytes()
+        return bytes(outcomes)
 
     def _stream(
-        self,
-        calls: list[tuple[Route, Call]],
-        piece_bytes: int,
-        by: float,
-        outcomes: npt.NDArray[np.uint8],
+        self, calls: list[tuple[Route, Call]], piece_bytes: int, by: float, outcomes: bytearray
     ) -> None:
         """Write through connections, and mark what became of the blocks."""
         for route, (reply, right) in self._requests.stream(self._lane, calls, piece_bytes, by):
             if isinstance(reply, Stored):
-                its = np.frombuffer(reply.states.translate(_OUTCOMES), np.uint8)
+                its = reply.states.translate(_OUTCOMES)
                 if 0 in right:
-                    its = np.where(np.frombuffer(right, np.bool_) | (its == PRESENT), its, 0)
-                outcomes[route.blocks] = its
+                    its = bytes([one if ok or one == PRESENT else 0 for one, ok in zip(its, right)])
+                spread(its, route.blocks, outcomes)
             elif isinstance(reply, Committed) and reply.count == right.count(1):
-                outcomes[route.blocks] = np.frombuffer(right, np.uint8)  # WRITTEN is 1
+                spread(right, route.blocks, outcomes)  # WRITTEN is 1
 
     def _move(
         self,
@@ -117,7 +115,7 @@ class Writer:
         pieces: Pieces,
         checksums: npt.NDArray[np.uint64] | None,
         started: float,
-        outcomes: npt.NDArray[np.uint8],
+        outcomes: bytearray,
     ) -> None:
         """Write to the slots that nodes have reserved, commit, and mark what is written."""
         moved = move(
@@ -134,7 +132,7 @@ class Writer:
         # A transfer that had to be drained has used more than its share.
         commit_by = max(started + self._deadline_s, time.monotonic() + _COMMIT_S)
         for route in self._commit(reserved, moved, commit_by):
-            outcomes[route.blocks] = np.where(moved.arrived[route.blocks], WRITTEN, 0)
+            spread(moved.arrived[route.blocks].tobytes(), route.blocks, outcomes)  # WRITTEN is 1
 
     def _reserve(
         self, chain: Chain, pieces: Pieces, routes: list[Route], by: float

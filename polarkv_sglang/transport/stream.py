@@ -127,6 +127,7 @@ class _Slot:
             self._from_buffer(self._words, self._sums),
         )
         self._channel.reply, self._channel.checksums = self._buffers
+        self._channel.reply_capacity = len(self._reply)
 
     def fill(self, call: Call) -> None:
         """Prepare a call. Raises NodeError if its connection cannot be used."""
@@ -149,7 +150,6 @@ class _Slot:
         channel.block_count = blocks
         wanted = self._nothing if expected is None else from_buffer(self._words, expected)
         channel.expected = wanted
-        channel.reply_capacity = _REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks
         self.call = call
         self._kept = request_bytes, local, wanted  # what they point to lives as long
 
