@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, Stages, blob, leading
+from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, Stages, blob, leading, positions
 from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
@@ -45,7 +46,7 @@ _FETCH_BY = 0.8
 _FETCH_FIRST_BY = 0.4
 
 
-class _Batch(NamedTuple):
+class _Batch(msgspec.Struct, frozen=True):
     """What one call reads."""
 
     chain: Chain
@@ -98,7 +99,7 @@ class Reader:
         nodes = usable_nodes(self._lane, self._membership.live)
         batch = _Batch(chain, pieces, nodes, time.monotonic())
         if stages is not None:
-            routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
+            routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
             share = _FETCH_FIRST_BY if self._copies > 1 else _FETCH_BY
             by = batch.started + share * self._deadline_s
             answers = pull_parts(self._lane, self._requests, routes, chain, pieces, stages, by)
@@ -110,8 +111,8 @@ class Reader:
                     self._spread(chain, pulled, done)
                 return done.tobytes()
         if self._copies == 1:
-            routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
-            if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain):
+            routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
+            if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain.keys):
                 return self._pull_all(batch, routes[0])
         located = np.zeros(len(chain), bool)
         found: list[_Found] = []
@@ -181,7 +182,7 @@ class Reader:
             if 0 in answer.right:
                 return self._take(batch, [_pulled(route, answer)]).tobytes()
             done = answer.right
-        return done.ljust(len(batch.chain), b"\0")
+        return done.ljust(len(batch.chain.keys), b"\0")
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
         assert self._lane.worker is not None

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+import msgspec
+
 from polarkv_sglang.errors import NodeError
 from polarkv_sglang.pool.blocks import Blocks
 from polarkv_sglang.pool.link import Lane, Link
@@ -27,7 +29,7 @@ _NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than 
 _LATE_S = 0.05  # past its deadline what has been asked for may still be read: another node used the time up
 
 
-class Route(NamedTuple):
+class Route(msgspec.Struct, frozen=True):  # made in a third of a tuple's time
     """Blocks of a chain, in order, that one memory node is asked about."""
 
     link: Link
@@ -76,14 +78,15 @@ class Requests:
     ) -> list[tuple[Route, ReplyT]]:
         """The replies that come by ``deadline`` (time.monotonic)."""
         replies: list[tuple[Route, ReplyT]] = []
-        for (link, blocks), message in sent:
+        for route, message in sent:
+            link = route.link
             try:
                 reply = link.control.receive(deadline)
             except NodeError as error:
                 self.fail(lane, link, str(error))
                 continue
             if isinstance(reply, reply_type) and answers(reply, message):
-                replies.append((Route(link, blocks), reply))
+                replies.append((route, reply))
             else:
                 self.fail(lane, link, f"answered {type(message).__name__} with another message")
         return replies
@@ -120,21 +123,20 @@ class Requests:
 
         Past the deadline nobody is asked, or blamed; who was asked before may have answered by then.
         """
-        late = time.monotonic() >= deadline
-        if late:
+        if time.monotonic() >= deadline:
+            calls = [(route, call) for route, call in calls if call.sent]
             deadline = time.monotonic() + _LATE_S
-        # A link may have been given up since it answered.
-        asked = [
-            (route, call)
-            for route, call in calls
-            if lane.links.get(route.link.address) is route.link and (call.sent or not late)
-        ]
+        routes: list[Route] = []
+        asked: list[Call] = []
+        for route, call in calls:
+            if lane.links.get(route.link.address) is route.link:  # it was not given up since it answered
+                routes.append(route)
+                asked.append(call)
         if not asked:
             return []
         assert lane.exchange is not None
-        outcomes = lane.exchange.run([call for _, call in asked], piece_bytes, deadline, digest=digest)
         answered: list[tuple[Route, Answer]] = []
-        for (route, _), outcome in zip(asked, outcomes):
+        for route, outcome in zip(routes, lane.exchange.run(asked, piece_bytes, deadline, digest=digest)):
             if isinstance(outcome, NodeError):
                 self.fail(lane, route.link, str(outcome))
             else:

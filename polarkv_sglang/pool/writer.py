@@ -7,7 +7,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.pool.blocks import Chain, Pieces, blob, spread
+from polarkv_sglang.pool.blocks import Chain, Pieces, blob, positions, spread
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
@@ -65,12 +65,12 @@ class Writer:
     def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> bytes:
         """See ``PoolClient.put``; per block WRITTEN, PRESENT or 0."""
         started = time.monotonic()
-        outcomes = bytearray(len(chain))
+        outcomes = bytearray(len(chain.keys))
         reserved: dict[str, tuple[int, Part]] = {}  # by node
         streaming: list[tuple[Route, Call]] = []
         asking: list[Route] = []
         nodes = usable_nodes(self._lane, self._membership.live)
-        for route in route_blocks(self._lane, nodes, chain, np.arange(len(chain))):
+        for route in route_blocks(self._lane, nodes, chain, positions(len(chain.keys))):
             if route.link.streamed and len(route.blocks) * pieces.block_bytes <= _UNASKED_BYTES:
                 streaming.append(_store(chain, pieces, route, checksums))
             else:
@@ -100,7 +100,8 @@ class Writer:
         self, calls: list[tuple[Route, Call]], piece_bytes: int, by: float, outcomes: bytearray
     ) -> None:
         """Write through connections, and mark what became of the blocks."""
-        for route, (reply, right) in self._requests.stream(self._lane, calls, piece_bytes, by):
+        for route, answer in self._requests.stream(self._lane, calls, piece_bytes, by):
+            reply, right = answer.reply, answer.right
             if isinstance(reply, Stored):
                 its = reply.states.translate(_OUTCOMES)
                 if 0 in right:

@@ -219,8 +219,8 @@ class ControlConnection:
 
     def start_exchange(self) -> int:
         """The socket, for an exchange without us: nothing may be left of earlier ones. Raises NodeError."""
-        self._check_open()
-        if len(self._frames):
+        if self._closed is not None or len(self._frames):
+            self._check_open()
             raise self._failed("broke the protocol: it sent what was not asked for")
         return self._socket.fileno()
 
