@@ -76,7 +76,7 @@ def chain(prefix: Sequence[bytes], keys: Sequence[bytes], stripe_pages: int) -> 
     return Chain(keys=keys, parents=[before, *keys[:-1]], anchors=anchors)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def positions(count: int) -> Blocks:
     """All of a chain of ``count`` blocks; not to be written to."""
     every = np.arange(count)

@@ -185,7 +185,7 @@ class PoolClient:
         is told. An arrival says nothing about the bytes: only the answer does, and it is for all parts.
         """
         lock = self._get_lane.lock
-        in_time = lock.acquire(timeout=self.deadline_s)  # as ``_turn``, in fewer steps
+        in_time = lock.acquire(True, self.deadline_s)  # as ``_turn``, in fewer steps
         started = time.monotonic()  # waiting for others says nothing about the pool
         try:
             done = self._reader.read(chain, pieces, stages) if in_time else bytes(len(chain))
@@ -209,7 +209,7 @@ class PoolClient:
         """
         lock = self._put_lane.lock
         started = time.monotonic()
-        if not lock.acquire(timeout=self.deadline_s):
+        if not lock.acquire(True, self.deadline_s):
             return np.zeros(len(chain), bool)
         try:
             outcomes = self._writer.write(chain, pieces, checksums)

@@ -295,7 +295,7 @@ class Reader:
                         copying.setdefault((link.address, node), []).extend(blocks)
         for (source, target), blocks in copying.items():
             if source in self._lane.links:
-                keys = blob(chain.keys, np.array(blocks))
+                keys = blob(chain.keys, np.unique(blocks))
                 self._requests.tell(self._lane, self._lane.links[source], Replicate(keys, target))
 
 

@@ -132,8 +132,6 @@ class Requests:
             if lane.links.get(route.link.address) is route.link:  # it was not given up since it answered
                 routes.append(route)
                 asked.append(call)
-        if not asked:
-            return []
         assert lane.exchange is not None
         answered: list[tuple[Route, Answer]] = []
         for route, outcome in zip(routes, lane.exchange.run(asked, piece_bytes, deadline, digest=digest)):

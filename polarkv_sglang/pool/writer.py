@@ -36,12 +36,9 @@ _UNASKED_BYTES = 1 << 20
 # What became of a block, as one byte; 0: the pool does not have it.
 WRITTEN, PRESENT = 1, 2  # by this call; before it, or by another that is at it
 _WRITTEN = bytes([WRITTEN])
-# As plain numbers: a member of an enum takes a microsecond to look up.
-_RESERVED, _PRESENT, _BUSY = int(KeyState.RESERVED), int(KeyState.PRESENT), int(KeyState.BUSY)
-# Of what a node says of its keys, those in state RESERVED written.
-_OUTCOMES = bytes(
-    {_RESERVED: WRITTEN, _PRESENT: PRESENT, _BUSY: PRESENT}.get(state, 0) for state in range(256)
-)
+# Of what a node says of its keys; what it has reserved is written once the bytes are there.
+_OUTCOME: dict[int, int] = {KeyState.RESERVED: WRITTEN, KeyState.PRESENT: PRESENT, KeyState.BUSY: PRESENT}
+_OUTCOMES = bytes(_OUTCOME.get(state, 0) for state in range(256))
 
 
 class Writer:

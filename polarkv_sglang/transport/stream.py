@@ -68,6 +68,8 @@ class Exchange:
         a write that failed still sends may be other bytes by then; their checksums tell whoever reads them.
         Raises TransportError if there is no memory for it.
         """
+        if not calls:
+            return []
         if len(calls) > len(self._slots):
             self._make_room(len(calls))
         slots = self._slots[: len(calls)]
