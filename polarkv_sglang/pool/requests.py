@@ -14,15 +14,15 @@ from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.transport.control import answers
 from polarkv_sglang.transport.messages import (
     Answered,
-    Message,
     Release,
     Replicate,
+    Reply,
     ReportCorrupt,
     WriteNotes,
 )
 from polarkv_sglang.transport.stream import Answer, Call
 
-ReplyT = TypeVar("ReplyT", bound=Message)
+ReplyT = TypeVar("ReplyT", bound=Reply)
 
 _SEND_S = 0.001  # past its deadline a request may still be sent if the socket takes it
 _NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than a socket takes at once
@@ -126,19 +126,16 @@ class Requests:
         if time.monotonic() >= deadline:
             calls = [(route, call) for route, call in calls if call.sent]
             deadline = time.monotonic() + _LATE_S
-        routes: list[Route] = []
-        asked: list[Call] = []
-        for route, call in calls:
-            if lane.links.get(route.link.address) is route.link:  # it was not given up since it answered
-                routes.append(route)
-                asked.append(call)
         assert lane.exchange is not None
+        outcomes = lane.exchange.run([call for _, call in calls], piece_bytes, deadline, digest=digest)
         answered: list[tuple[Route, Answer]] = []
-        for route, outcome in zip(routes, lane.exchange.run(asked, piece_bytes, deadline, digest=digest)):
-            if isinstance(outcome, NodeError):
-                self.fail(lane, route.link, str(outcome))
-            else:
+        for (route, _), outcome in zip(calls, outcomes):
+            if not isinstance(outcome, NodeError):
                 answered.append((route, outcome))
+            elif (
+                lane.links.get(route.link.address) is route.link
+            ):  # else it was given up, and told of, before
+                self.fail(lane, route.link, str(outcome))
         return answered
 
     def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate | WriteNotes) -> None:

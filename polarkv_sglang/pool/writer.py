@@ -175,24 +175,19 @@ class Writer:
 def _store(
     chain: Chain, pieces: Pieces, route: Route, checksums: npt.NDArray[np.uint64] | None
 ) -> tuple[Route, Call]:
-    message = Store(
-        route.link.control.next_id(),
-        blob(chain.keys, route.blocks),
-        blob(chain.parents, route.blocks),
-        pieces.block_bytes,
+    control, blocks = route.link.control, route.blocks
+    keys, parents = blob(chain.keys, blocks), blob(chain.parents, blocks)
+    message = Store(control.next_id(), keys, parents, pieces.block_bytes)
+    return route, Call(
+        control, message, pieces.of(blocks), checksums[blocks] if checksums is not None else None
     )
-    return route, _call(route, message, pieces, checksums)
 
 
 def _fill(
     pieces: Pieces, route: Route, reply: Reserved, checksums: npt.NDArray[np.uint64] | None
 ) -> tuple[Route, Call]:
-    message = Fill(route.link.control.next_id(), reply.reservation)
-    return route, _call(route, message, pieces, checksums)
-
-
-def _call(
-    route: Route, message: Store | Fill, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None
-) -> Call:
-    expected = checksums[route.blocks] if checksums is not None else None
-    return Call(route.link.control, message, pieces.of(route.blocks), expected)
+    control, blocks = route.link.control, route.blocks
+    message = Fill(control.next_id(), reply.reservation)
+    return route, Call(
+        control, message, pieces.of(blocks), checksums[blocks] if checksums is not None else None
+    )

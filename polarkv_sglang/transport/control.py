@@ -358,7 +358,7 @@ def _open_socket(address: str, deadline: float, deadline_s: float) -> socket.soc
     raise NodeError(f"memory node {address} cannot be reached: {reason}; is it running there?") from last
 
 
-_request_id, _keys = attrgetter("request_id"), attrgetter("keys")
+_keys = attrgetter("keys")
 # What answers a request, and where it has one entry per key: these, and how many bytes one of them is.
 _REPLIES: dict[type[Message], tuple[type[Message], attrgetter[Sized] | None, int]] = {
     Reserve: (Reserved, attrgetter("states"), 1),
@@ -377,10 +377,10 @@ _REPLIES: dict[type[Message], tuple[type[Message], attrgetter[Sized] | None, int
 }
 
 
-def answers(reply: FromNode, request: Answered) -> bool:
+def answers(reply: Reply, request: Answered) -> bool:
     """Whether this is the reply to that request, for as many keys; for those who pipeline requests."""
     reply_type, entries, entry_bytes = _REPLIES[type(request)]
-    if type(reply) is not reply_type or _request_id(reply) != _request_id(request):
+    if type(reply) is not reply_type or reply.request_id != request.request_id:
         return False
     if entries is None:
         return True
