@@ -29,7 +29,7 @@ _NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than 
 _LATE_S = 0.05  # past its deadline what has been asked for may still be read: another node used the time up
 
 
-class Route(msgspec.Struct, frozen=True):  # made in a third of a tuple's time
+class Route(msgspec.Struct, frozen=True):  # made in a third of a NamedTuple's time
     """Blocks of a chain, in order, that one memory node is asked about."""
 
     link: Link
@@ -132,9 +132,7 @@ class Requests:
         for (route, _), outcome in zip(calls, outcomes):
             if not isinstance(outcome, NodeError):
                 answered.append((route, outcome))
-            elif (
-                lane.links.get(route.link.address) is route.link
-            ):  # else it was given up, and told of, before
+            elif lane.links.get(route.link.address) is route.link:  # not given up, and told of, before
                 self.fail(lane, route.link, str(outcome))
         return answered
 

@@ -27,7 +27,7 @@ _REPLIES = (Pulled, Stored, Committed)
 _NO_MEMORY = "there is no memory for an exchange of blocks"
 
 
-class Call(msgspec.Struct, frozen=True):  # made in a third of a tuple's time
+class Call(msgspec.Struct, frozen=True):  # made in a third of a NamedTuple's time
     """A request to one memory node, with the blocks that go there or come from there."""
 
     control: ControlConnection
