@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -75,9 +76,27 @@ def chain(prefix: Sequence[bytes], keys: Sequence[bytes], stripe_pages: int) -> 
     return Chain(keys=keys, parents=[before, *keys[:-1]], anchors=anchors)
 
 
+@functools.lru_cache(maxsize=16)
+def positions(count: int) -> Blocks:
+    """All of a chain of ``count`` blocks; not to be written to."""
+    every = np.arange(count)
+    every.flags.writeable = False
+    return every
+
+
 def blob(keys: Sequence[bytes], blocks: Blocks) -> bytes:
-    """The keys of some blocks, end to end, as messages carry them."""
+    """The keys of different blocks, in the chain's order, end to end, as messages carry them."""
+    if len(blocks) == len(keys):
+        return b"".join(keys)
     return b"".join([keys[block] for block in blocks.tolist()])
+
+
+def spread(values: bytes, blocks: Blocks, over: bytearray) -> None:
+    """Put one byte for each of some blocks, in the chain's order, to its place among those of all blocks."""
+    if len(values) == len(over):
+        over[:] = values
+    else:
+        np.frombuffer(over, np.uint8)[blocks] = np.frombuffer(values, np.uint8)
 
 
 def leading(mask: npt.NDArray[np.bool_]) -> int:

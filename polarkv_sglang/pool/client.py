@@ -25,7 +25,7 @@ from polarkv_sglang.pool.reader import Reader
 from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import route_blocks, usable_nodes
 from polarkv_sglang.pool.trial import Trials
-from polarkv_sglang.pool.writer import Writer
+from polarkv_sglang.pool.writer import PRESENT, WRITTEN, Writer
 from polarkv_sglang.transport import DRAIN_S, Context, load_library
 from polarkv_sglang.transport.messages import MAX_LEASE_S, NotesRead, ReadNotes, WriteNotes
 
@@ -90,7 +90,7 @@ class PoolClient:
         local = nodes_file is None and all(is_loopback(parse_address(node)[0]) for node in nodes)
         new_context = functools.partial(Context, self.library, tls=ucx_tls, loopback=local)
         self._counters = dict.fromkeys(PoolStatistics._fields, 0.0)
-        self._requests = Requests(self.library, self._failed)
+        self._requests = Requests(self._failed)
         with contextlib.ExitStack() as undo:
             self._context = new_context()
             undo.callback(self._context.close)  # and of all that is made of it
@@ -123,7 +123,7 @@ class PoolClient:
             self.library,
             deadline_s=deadline_s,
             copies=copies,
-            on_corrupt=lambda blocks: self._count(corrupt_blocks=blocks),
+            on_corrupt=self._corrupt,
         )
         self._writer = Writer(
             self._put_lane, self.membership, self._requests, self._memory, deadline_s=deadline_s
@@ -184,20 +184,21 @@ class PoolClient:
         all blocks come part by part, if all were found where they can be read in parts; otherwise no arrival
         is told. An arrival says nothing about the bytes: only the answer does, and it is for all parts.
         """
-        done = np.zeros(len(chain), bool)
-        with self._turn(self._get_lane) as in_time:
-            started = time.monotonic()  # waiting for others says nothing about the pool
+        lock = self._get_lane.lock
+        in_time = lock.acquire(True, self.deadline_s)  # as ``_turn``, in fewer steps
+        started = time.monotonic()  # waiting for others says nothing about the pool
+        try:
+            done = self._reader.read(chain, pieces, stages) if in_time else bytes(len(chain))
+        finally:
             if in_time:
-                done = self._reader.read(chain, pieces, stages)
-            spent_s = time.monotonic() - started
-        count = int(np.count_nonzero(done))
-        self._count(
-            got_blocks=count,
-            got_bytes=count * pieces.block_bytes,
-            missed_blocks=len(chain) - count,
-            get_s=spent_s if count else 0.0,
-        )
-        return done
+                lock.release()
+        spent_s = time.monotonic() - started
+        count, counters = done.count(1), self._counters
+        counters["got_blocks"] += count
+        counters["got_bytes"] += count * pieces.block_bytes
+        counters["missed_blocks"] += len(done) - count
+        counters["get_s"] += spent_s if count else 0.0
+        return np.frombuffer(bytearray(done), np.bool_)
 
     def put(
         self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None = None
@@ -206,19 +207,20 @@ class PoolClient:
 
         Where ``checksums`` are given, one per block, bytes that do not have theirs are not stored.
         """
+        lock = self._put_lane.lock
         started = time.monotonic()
-        with self._turn(self._put_lane) as in_time:
-            if not in_time:
-                return np.zeros(len(chain), bool)
-            done = self._writer.write(chain, pieces, checksums)
-        count = int(np.count_nonzero(done.written))
-        self._count(
-            put_blocks=count,
-            put_bytes=count * pieces.block_bytes,
-            present_blocks=int(np.count_nonzero(done.present)),
-            put_s=time.monotonic() - started if count else 0.0,
-        )
-        return done.present | done.written
+        if not lock.acquire(True, self.deadline_s):
+            return np.zeros(len(chain), bool)
+        try:
+            outcomes = self._writer.write(chain, pieces, checksums)
+        finally:
+            lock.release()
+        count, counters = outcomes.count(WRITTEN), self._counters
+        counters["put_blocks"] += count
+        counters["put_bytes"] += count * pieces.block_bytes
+        counters["present_blocks"] += outcomes.count(PRESENT)
+        counters["put_s"] += time.monotonic() - started if count else 0.0
+        return np.frombuffer(outcomes, np.uint8).astype(bool)
 
     def write_notes(self, notes: Mapping[bytes, bytes]) -> None:
         """Leave small values, by 16-byte keys, on the memory nodes; best effort, the last one counts.
@@ -227,9 +229,9 @@ class PoolClient:
         """
         keys, values = list(notes), list(notes.values())
         with self._turn(self._peek_lane) as in_time:
-            for link, chosen in self._note_routes(keys) if in_time else ():
-                some = [values[position] for position in chosen.tolist()]
-                self._requests.tell(self._peek_lane, link, WriteNotes(blob(keys, chosen), some))
+            for route in self._note_routes(keys) if in_time else ():
+                some = [values[position] for position in route.blocks.tolist()]
+                self._requests.tell(self._peek_lane, route.link, WriteNotes(blob(keys, route.blocks), some))
 
     def read_notes(self, keys: Sequence[bytes]) -> list[bytes]:
         """The notes under up to MAX_NOTES keys, empty where there is none. Takes turns as ``write_notes``."""
@@ -265,12 +267,11 @@ class PoolClient:
                 lane.lock.release()
 
     def _failed(self, address: str, reason: str) -> None:
-        self._count(failed_batches=1)
+        self._counters["failed_batches"] += 1
         self.membership.down(address, reason)
 
-    def _count(self, **increments: float) -> None:
-        for name, value in increments.items():
-            self._counters[name] += value
+    def _corrupt(self) -> None:
+        self._counters["corrupt_blocks"] += 1
 
 
 def _why_no_gpu_memory(context: Context, wanted: bool, local: bool) -> str | None:

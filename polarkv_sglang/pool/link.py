@@ -12,6 +12,7 @@ from polarkv_sglang.errors import TransportError
 from polarkv_sglang.transport import Context, Direction, Mapped, RemoteKey, Worker, attach
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import Welcome
+from polarkv_sglang.transport.stream import Exchange
 
 _PROBE_BYTES = 64
 
@@ -54,6 +55,7 @@ class Lane:
         self._by_processor = by_processor
         self.lock = threading.Lock()
         self._context = context
+        self.exchange = Exchange(context.library) if context is not None else None  # with streamed links
         self.worker = Worker(context) if context is not None else None
         # UCX makes no worker while a network device that it knows is down, which is when another is needed.
         self._spare = Worker(context) if context is not None else None

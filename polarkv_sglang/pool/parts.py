@@ -12,9 +12,9 @@ import numpy as np
 from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, Stages, blob
 from polarkv_sglang.pool.link import Lane, Link
-from polarkv_sglang.pool.requests import Requests, Route, Sent, Streamed
+from polarkv_sglang.pool.requests import Requests, Route, Sent
 from polarkv_sglang.transport.messages import MAX_PULL_PARTS, MAX_PULL_RUNS, Pull, Pulled
-from polarkv_sglang.transport.stream import Answer
+from polarkv_sglang.transport.stream import Answer, Call
 
 # Of keys in a request that a node is sent while the part before is still on its way: so much fits into a
 # socket, whose other end may read nothing until we have read.
@@ -56,11 +56,11 @@ def pull_parts(
             columns = np.r_[tuple(stages.columns[sent - len(ahead)])]
             part = pieces._replace(addresses=np.ascontiguousarray(pieces.addresses[:, columns]))
             calls = [
-                Streamed(route, message, sent=True)
+                (route, Call(route.link.control, message, part.of(route.blocks), sent=True))
                 for route, message in ahead[0]
                 if isinstance(message, Pull)
             ]
-            answers = requests.stream(lane, calls, part, by, digest=False)
+            answers = requests.stream(lane, calls, part.piece_bytes, by, digest=False)
             ahead.popleft()
             now = {route.link.address: (route, answer) for route, answer in answers}
             lost = lost or not _same_blocks(now, last or now, len(chain))

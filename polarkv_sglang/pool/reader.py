@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, Stages, blob, leading
+from polarkv_sglang.pool.blocks import Blocks, Chain, Pieces, Stages, blob, leading, positions
 from polarkv_sglang.pool.heat import HotStripes
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
 from polarkv_sglang.pool.parts import pull_parts
 from polarkv_sglang.pool.placement import ranking
-from polarkv_sglang.pool.requests import Requests, Route, Streamed
+from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import CHUNK_BYTES, DRAIN_S, Direction, Library, checksums
 from polarkv_sglang.transport.columns import checksums_from, pack_u64, seal, unpack_u64
@@ -33,7 +34,7 @@ from polarkv_sglang.transport.messages import (
     Replicate,
     ReportCorrupt,
 )
-from polarkv_sglang.transport.stream import Answer
+from polarkv_sglang.transport.stream import Answer, Call
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ _FETCH_BY = 0.8
 _FETCH_FIRST_BY = 0.4
 
 
-class _Batch(NamedTuple):
+class _Batch(msgspec.Struct, frozen=True):
     """What one call reads."""
 
     chain: Chain
@@ -63,7 +64,7 @@ class _Found(NamedTuple):
     addresses: npt.NDArray[np.uint64] | None  # in the node; None: the bytes are here already
     checksums: npt.NDArray[np.uint64]
     generations: npt.NDArray[np.uint64]
-    sums: npt.NDArray[np.uint64] | None = None  # of the bytes that are here, if they were hashed already
+    right: npt.NDArray[np.bool_] | None = None  # whether the bytes that are here are, if it is known already
 
 
 class Reader:
@@ -79,7 +80,7 @@ class Reader:
         *,
         deadline_s: float,
         copies: int,
-        on_corrupt: Callable[[int], None],
+        on_corrupt: Callable[[], None],
     ) -> None:
         self._lane = lane
         self._membership = membership
@@ -93,25 +94,25 @@ class Reader:
         self._heat = HotStripes()
         self._on_corrupt = on_corrupt
 
-    def read(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> npt.NDArray[np.bool_]:
-        """See ``PoolClient.get``."""
+    def read(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> bytes:
+        """See ``PoolClient.get``; per block 1 or 0."""
         nodes = usable_nodes(self._lane, self._membership.live)
         batch = _Batch(chain, pieces, nodes, time.monotonic())
         if stages is not None:
-            routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
+            routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
             share = _FETCH_FIRST_BY if self._copies > 1 else _FETCH_BY
             by = batch.started + share * self._deadline_s
             answers = pull_parts(self._lane, self._requests, routes, chain, pieces, stages, by)
             if answers is not None:
                 # Their checksums are those of whole blocks, which are here only now.
-                pulled = [_pulled(*answer)._replace(sums=None) for answer in answers]
+                pulled = [_pulled(*answer)._replace(right=None) for answer in answers]
                 done = self._take(batch, pulled)
                 if self._copies > 1:
                     self._spread(chain, pulled, done)
-                return done
+                return done.tobytes()
         if self._copies == 1:
-            routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
-            if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain):
+            routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
+            if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain.keys):
                 return self._pull_all(batch, routes[0])
         located = np.zeros(len(chain), bool)
         found: list[_Found] = []
@@ -134,7 +135,7 @@ class Reader:
                 self._requests.tell(self._lane, part.link, Release(part.lease))
         if self._copies > 1:
             self._spread(chain, found, done)
-        return done
+        return done.tobytes()
 
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
         """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
@@ -161,8 +162,8 @@ class Reader:
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, length) for route, reply in located if reply.lease]
         pulling = [_pull(batch, route) for route in routes if route.link.streamed]
-        for route, answer in self._requests.stream(self._lane, pulling, batch.pieces, fetch_by):
-            found.append(_pulled(route, answer))
+        pulled = self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, fetch_by)
+        found += [_pulled(route, answer) for route, answer in pulled]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
         failed = [route.link for route, reply in fetched if FetchState.FAILED in reply.states]
         if failed and len(fetched) == len(fetching):
@@ -171,29 +172,17 @@ class Reader:
             self._requests.fail(self._lane, link, "it could not put what was read into this process's memory")
         return found + [_fetched(route, reply) for route, reply in fetched]
 
-    def _pull_all(self, batch: _Batch, route: Route) -> npt.NDArray[np.bool_]:
+    def _pull_all(self, batch: _Batch, route: Route) -> bytes:
         """What ``read`` does, in fewer steps, where one connection leads to all blocks: the steps are half of
         the time that a small block takes."""
-        done = np.zeros(len(batch.chain), bool)
         by = batch.started + _FETCH_BY * self._deadline_s
-        pulling = _pull(batch, route)
-        for _, answer in self._requests.stream(self._lane, [pulling], batch.pieces, by):
-            pulled = _pulled(route, answer)
-            self._check(batch, pulled, answer.checksums[: len(pulled.blocks)], done)
-        return done
-
-    def _check(
-        self, batch: _Batch, part: _Found, sums: npt.NDArray[np.uint64], done: npt.NDArray[np.bool_]
-    ) -> None:
-        """Mark blocks that arrived in ``done`` if they are right, report them if they are not."""
-        if sums.tobytes() == part.checksums.tobytes():
-            done[part.blocks] = True
-        else:
-            right = sums == part.checksums
-            done[part.blocks] = right
-            for position in np.flatnonzero(~right).tolist():
-                key = batch.chain.keys[part.blocks[position]]
-                self._report(key, part.link, int(part.generations[position]))
+        pulling = [_pull(batch, route)]
+        done = b""
+        for _, answer in self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, by):
+            if 0 in answer.right:
+                return self._take(batch, [_pulled(route, answer)]).tobytes()
+            done = answer.right
+        return done.ljust(len(batch.chain.keys), b"\0")
 
     def _fetch(self, batch: _Batch, link: Link, blocks: Blocks, by: float) -> Fetch:
         assert self._lane.worker is not None
@@ -229,13 +218,13 @@ class Reader:
         done = np.zeros(len(chain), bool)
         for part in found:
             arrived = np.ones(len(part.blocks), bool)
-            if part.sums is not None:
-                sums = part.sums
+            if part.right is not None:
+                right = part.right
             elif part.addresses is None:
-                sums = self._checksums(pieces, part.blocks)
+                right = self._checksums(pieces, part.blocks) == part.checksums
             else:
-                arrived, sums = moved.arrived[part.blocks], moved.checksums[part.blocks]
-            right = sums == part.checksums
+                arrived = moved.arrived[part.blocks]
+                right = moved.checksums[part.blocks] == part.checksums
             done[part.blocks] = arrived & right
             for position in np.flatnonzero(arrived & ~right).tolist():
                 self._report(chain.keys[part.blocks[position]], part.link, int(part.generations[position]))
@@ -282,7 +271,7 @@ class Reader:
 
     def _report(self, key: bytes, link: Link, generation: int) -> None:
         """A block is not what was written."""
-        self._on_corrupt(1)
+        self._on_corrupt()
         logger.error(
             "PolarKV: block %s from %s has a wrong checksum; it is dropped from the pool",
             key.hex(),
@@ -306,7 +295,7 @@ class Reader:
                         copying.setdefault((link.address, node), []).extend(blocks)
         for (source, target), blocks in copying.items():
             if source in self._lane.links:
-                keys = blob(chain.keys, np.array(blocks))
+                keys = blob(chain.keys, np.unique(blocks))
                 self._requests.tell(self._lane, self._lane.links[source], Replicate(keys, target))
 
 
@@ -334,9 +323,10 @@ def _fetched(route: Route, reply: Fetched) -> _Found:
     )
 
 
-def _pull(batch: _Batch, route: Route) -> Streamed:
-    keys = blob(batch.chain.keys, route.blocks)
-    return Streamed(route, Pull(route.link.control.next_id(), keys, batch.pieces.block_bytes))
+def _pull(batch: _Batch, route: Route) -> tuple[Route, Call]:
+    control = route.link.control
+    message = Pull(control.next_id(), blob(batch.chain.keys, route.blocks), batch.pieces.block_bytes)
+    return route, Call(control, message, batch.pieces.of(route.blocks))
 
 
 def _pulled(route: Route, answer: Answer) -> _Found:
@@ -349,7 +339,7 @@ def _pulled(route: Route, answer: Answer) -> _Found:
         None,
         checksums,
         unpack_u64(answer.reply.generation_blob),
-        answer.checksums[: len(checksums)],
+        np.frombuffer(answer.right, np.bool_),
     )
 
 
@@ -361,5 +351,5 @@ def _head(part: _Found, end: int) -> _Found:
         addresses=part.addresses[kept] if part.addresses is not None else None,
         checksums=part.checksums[kept],
         generations=part.generations[kept],
-        sums=part.sums[kept] if part.sums is not None else None,
+        right=part.right[kept] if part.right is not None else None,
     )

@@ -6,35 +6,30 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+import msgspec
 
 from polarkv_sglang.errors import NodeError
-from polarkv_sglang.pool.blocks import Blocks, Pieces
+from polarkv_sglang.pool.blocks import Blocks
 from polarkv_sglang.pool.link import Lane, Link
-from polarkv_sglang.transport import Library
 from polarkv_sglang.transport.control import answers
 from polarkv_sglang.transport.messages import (
     Answered,
-    Fill,
-    Message,
-    Pull,
     Release,
     Replicate,
+    Reply,
     ReportCorrupt,
-    Store,
     WriteNotes,
 )
-from polarkv_sglang.transport.stream import Answer, Call, exchange
+from polarkv_sglang.transport.stream import Answer, Call
 
-ReplyT = TypeVar("ReplyT", bound=Message)
+ReplyT = TypeVar("ReplyT", bound=Reply)
 
 _SEND_S = 0.001  # past its deadline a request may still be sent if the socket takes it
 _NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than a socket takes at once
 _LATE_S = 0.05  # past its deadline what has been asked for may still be read: another node used the time up
 
 
-class Route(NamedTuple):
+class Route(msgspec.Struct, frozen=True):  # made in a third of a NamedTuple's time
     """Blocks of a chain, in order, that one memory node is asked about."""
 
     link: Link
@@ -48,23 +43,13 @@ class Sent(NamedTuple):
     message: Answered
 
 
-class Streamed(NamedTuple):
-    """A request whose blocks go through the link's connection."""
-
-    route: Route
-    message: Pull | Store | Fill
-    expected: npt.NDArray[np.uint64] | None = None  # checksums of what is written, one per block
-    sent: bool = False  # the node has the request already
-
-
 class Requests:
     """Sends and collects requests over a lane whose lock the caller holds; a node that fails is left out.
 
     A failed link is dropped from its lane and reported to ``on_failure`` with the node's address and why.
     """
 
-    def __init__(self, library: Library, on_failure: Callable[[str, str], None]) -> None:
-        self._library = library
+    def __init__(self, on_failure: Callable[[str, str], None]) -> None:
         self._on_failure = on_failure
 
     def send(
@@ -93,14 +78,15 @@ class Requests:
     ) -> list[tuple[Route, ReplyT]]:
         """The replies that come by ``deadline`` (time.monotonic)."""
         replies: list[tuple[Route, ReplyT]] = []
-        for (link, blocks), message in sent:
+        for route, message in sent:
+            link = route.link
             try:
                 reply = link.control.receive(deadline)
             except NodeError as error:
                 self.fail(lane, link, str(error))
                 continue
             if isinstance(reply, reply_type) and answers(reply, message):
-                replies.append((Route(link, blocks), reply))
+                replies.append((route, reply))
             else:
                 self.fail(lane, link, f"answered {type(message).__name__} with another message")
         return replies
@@ -127,8 +113,8 @@ class Requests:
     def stream(
         self,
         lane: Lane,
-        calls: Sequence[Streamed],
-        pieces: Pieces,
+        calls: Sequence[tuple[Route, Call]],
+        piece_bytes: int,
         deadline: float,
         *,
         digest: bool = True,
@@ -137,27 +123,17 @@ class Requests:
 
         Past the deadline nobody is asked, or blamed; who was asked before may have answered by then.
         """
-        # A link may have been given up since it answered.
-        calls = [call for call in calls if lane.links.get(call.route.link.address) is call.route.link]
         if time.monotonic() >= deadline:
-            calls = [call for call in calls if call.sent]
+            calls = [(route, call) for route, call in calls if call.sent]
             deadline = time.monotonic() + _LATE_S
-        outcomes = exchange(
-            self._library,
-            [
-                Call(route.link.control, message, pieces.of(route.blocks), expected, sent)
-                for route, message, expected, sent in calls
-            ],
-            pieces.piece_bytes,
-            deadline,
-            digest=digest,
-        )
+        assert lane.exchange is not None
+        outcomes = lane.exchange.run([call for _, call in calls], piece_bytes, deadline, digest=digest)
         answered: list[tuple[Route, Answer]] = []
-        for call, outcome in zip(calls, outcomes):
-            if isinstance(outcome, NodeError):
-                self.fail(lane, call.route.link, str(outcome))
-            else:
-                answered.append((call.route, outcome))
+        for (route, _), outcome in zip(calls, outcomes):
+            if not isinstance(outcome, NodeError):
+                answered.append((route, outcome))
+            elif lane.links.get(route.link.address) is route.link:  # not given up, and told of, before
+                self.fail(lane, route.link, str(outcome))
         return answered
 
     def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate | WriteNotes) -> None:

@@ -33,8 +33,10 @@ class Moved(NamedTuple):
     checksums: npt.NDArray[np.uint64]  # [chain]; undefined where not arrived
 
 
-def usable_nodes(lane: Lane, live: Mapping[str, int]) -> dict[str, int]:
+def usable_nodes(lane: Lane, live: Mapping[str, int]) -> Mapping[str, int]:
     """Address -> capacity of the nodes that a lane can use: what the blocks of a batch are placed over."""
+    if live.keys() <= lane.links.keys():
+        return live
     return {address: size for address, size in live.items() if address in lane.links}
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from polarkv_sglang.pool.blocks import Chain, Pieces, blob
+from polarkv_sglang.pool.blocks import Chain, Pieces, blob, positions, spread
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
-from polarkv_sglang.pool.requests import Requests, Route, Streamed
+from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import Direction
 from polarkv_sglang.transport.columns import unpack_u64
@@ -26,6 +25,7 @@ from polarkv_sglang.transport.messages import (
     Store,
     Stored,
 )
+from polarkv_sglang.transport.stream import Call
 
 # Of a batch's deadline, when its steps have to have ended, as in reading.
 _RESERVE_BY = 0.5
@@ -33,15 +33,12 @@ _MOVE_BY = 0.8
 _COMMIT_S = 0.1  # at least
 # So much is sent to a node without asking what it has: the bytes take no longer than the question.
 _UNASKED_BYTES = 1 << 20
-# As plain numbers: a member of an enum takes a microsecond to look up.
-_RESERVED, _PRESENT, _BUSY = int(KeyState.RESERVED), int(KeyState.PRESENT), int(KeyState.BUSY)
-
-
-class Written(NamedTuple):
-    """Masks over a chain."""
-
-    present: npt.NDArray[np.bool_]  # the pool had it, or was getting it from another
-    written: npt.NDArray[np.bool_]
+# What became of a block, as one byte; 0: the pool does not have it.
+WRITTEN, PRESENT = 1, 2  # by this call; before it, or by another that is at it
+_WRITTEN = bytes([WRITTEN])
+# Of what a node says of its keys; what it has reserved is written once the bytes are there.
+_OUTCOME: dict[int, int] = {KeyState.RESERVED: WRITTEN, KeyState.PRESENT: PRESENT, KeyState.BUSY: PRESENT}
+_OUTCOMES = bytes(_OUTCOME.get(state, 0) for state in range(256))
 
 
 class Writer:
@@ -62,33 +59,63 @@ class Writer:
         self._memory = memory
         self._deadline_s = deadline_s
 
-    def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> Written:
-        """See ``PoolClient.put``."""
+    def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> bytes:
+        """See ``PoolClient.put``; per block WRITTEN, PRESENT or 0."""
         started = time.monotonic()
-        present = np.zeros(len(chain), bool)
-        written = np.zeros(len(chain), bool)
+        outcomes = bytearray(len(chain.keys))
         reserved: dict[str, tuple[int, Part]] = {}  # by node
+        streaming: list[tuple[Route, Call]] = []
+        asking: list[Route] = []
         nodes = usable_nodes(self._lane, self._membership.live)
-        routes = route_blocks(self._lane, nodes, chain, np.arange(len(chain)))
-        storing = [route for route in routes if _is_small(route, pieces)]
-        asking = [route for route in routes if not _is_small(route, pieces)]
-        streaming = [self._store(chain, pieces, route, checksums) for route in storing]
-        for route, reply in self._reserve(chain, pieces, asking, started + _RESERVE_BY * self._deadline_s):
-            states = np.frombuffer(reply.states, np.uint8)
-            present[route.blocks] = (states == _PRESENT) | (states == _BUSY)
-            ours = states == _RESERVED
-            if ours.any():
-                if route.link.streamed:
-                    streaming.append(_fill(Route(route.link, route.blocks[ours]), reply, checksums))
+        for route in route_blocks(self._lane, nodes, chain, positions(len(chain.keys))):
+            if route.link.streamed and len(route.blocks) * pieces.block_bytes <= _UNASKED_BYTES:
+                streaming.append(_store(chain, pieces, route, checksums))
+            else:
+                asking.append(route)
+        if asking:
+            reserve_by = started + _RESERVE_BY * self._deadline_s
+            for route, reply in self._reserve(chain, pieces, asking, reserve_by):
+                its = reply.states.translate(_OUTCOMES)
+                spread(its.replace(_WRITTEN, b"\0"), route.blocks, outcomes)  # not yet
+                ours = np.frombuffer(its, np.uint8) == WRITTEN
+                if not ours.any():
                     continue
-                addresses = unpack_u64(reply.address_blob)[ours]
-                part = Part(route.link, route.blocks[ours], addresses)
-                reserved[route.link.address] = (reply.reservation, part)
+                blocks = route.blocks[ours]
+                if route.link.streamed:
+                    streaming.append(_fill(pieces, Route(route.link, blocks), reply, checksums))
+                else:
+                    part = Part(route.link, blocks, unpack_u64(reply.address_blob)[ours])
+                    reserved[route.link.address] = reply.reservation, part
         if streaming:
             share = _MOVE_BY if reserved else 1.0
-            self._stream(streaming, pieces, started + share * self._deadline_s, present, written)
-        if not reserved:
-            return Written(present, written)
+            self._stream(streaming, pieces.piece_bytes, started + share * self._deadline_s, outcomes)
+        if reserved:
+            self._move(reserved, pieces, checksums, started, outcomes)
+        return bytes(outcomes)
+
+    def _stream(
+        self, calls: list[tuple[Route, Call]], piece_bytes: int, by: float, outcomes: bytearray
+    ) -> None:
+        """Write through connections, and mark what became of the blocks."""
+        for route, answer in self._requests.stream(self._lane, calls, piece_bytes, by):
+            reply, right = answer.reply, answer.right
+            if isinstance(reply, Stored):
+                its = reply.states.translate(_OUTCOMES)
+                if 0 in right:
+                    its = bytes([one if ok or one == PRESENT else 0 for one, ok in zip(its, right)])
+                spread(its, route.blocks, outcomes)
+            elif isinstance(reply, Committed) and reply.count == right.count(1):
+                spread(right, route.blocks, outcomes)  # WRITTEN is 1
+
+    def _move(
+        self,
+        reserved: dict[str, tuple[int, Part]],
+        pieces: Pieces,
+        checksums: npt.NDArray[np.uint64] | None,
+        started: float,
+        outcomes: bytearray,
+    ) -> None:
+        """Write to the slots that nodes have reserved, commit, and mark what is written."""
         moved = move(
             self._lane,
             Direction.PUT,
@@ -103,36 +130,7 @@ class Writer:
         # A transfer that had to be drained has used more than its share.
         commit_by = max(started + self._deadline_s, time.monotonic() + _COMMIT_S)
         for route in self._commit(reserved, moved, commit_by):
-            written[route.blocks] = moved.arrived[route.blocks]
-        return Written(present, written)
-
-    def _store(
-        self, chain: Chain, pieces: Pieces, route: Route, checksums: npt.NDArray[np.uint64] | None
-    ) -> Streamed:
-        message = Store(
-            route.link.control.next_id(),
-            blob(chain.keys, route.blocks),
-            blob(chain.parents, route.blocks),
-            pieces.block_bytes,
-        )
-        return Streamed(route, message, checksums[route.blocks] if checksums is not None else None)
-
-    def _stream(
-        self,
-        calls: list[Streamed],
-        pieces: Pieces,
-        by: float,
-        present: npt.NDArray[np.bool_],
-        written: npt.NDArray[np.bool_],
-    ) -> None:
-        """Write through connections, and mark what became of the blocks."""
-        for route, answer in self._requests.stream(self._lane, calls, pieces, by):
-            if isinstance(answer.reply, Stored):
-                states = np.frombuffer(answer.reply.states, np.uint8)
-                present[route.blocks] = (states == _PRESENT) | (states == _BUSY)
-                written[route.blocks] = (states == _RESERVED) & answer.right
-            elif isinstance(answer.reply, Committed) and answer.reply.count == answer.right.sum():
-                written[route.blocks] = answer.right
+            spread(moved.arrived[route.blocks].tobytes(), route.blocks, outcomes)  # WRITTEN is 1
 
     def _reserve(
         self, chain: Chain, pieces: Pieces, routes: list[Route], by: float
@@ -174,11 +172,22 @@ class Writer:
         return [route for route, reply in replies if reply.count == moved.arrived[route.blocks].sum()]
 
 
-def _is_small(route: Route, pieces: Pieces) -> bool:
-    """Whether the blocks may go to their node unasked."""
-    return route.link.streamed and len(route.blocks) * pieces.block_bytes <= _UNASKED_BYTES
+def _store(
+    chain: Chain, pieces: Pieces, route: Route, checksums: npt.NDArray[np.uint64] | None
+) -> tuple[Route, Call]:
+    control, blocks = route.link.control, route.blocks
+    keys, parents = blob(chain.keys, blocks), blob(chain.parents, blocks)
+    message = Store(control.next_id(), keys, parents, pieces.block_bytes)
+    return route, Call(
+        control, message, pieces.of(blocks), checksums[blocks] if checksums is not None else None
+    )
 
 
-def _fill(route: Route, reply: Reserved, checksums: npt.NDArray[np.uint64] | None) -> Streamed:
-    message = Fill(route.link.control.next_id(), reply.reservation)
-    return Streamed(route, message, checksums[route.blocks] if checksums is not None else None)
+def _fill(
+    pieces: Pieces, route: Route, reply: Reserved, checksums: npt.NDArray[np.uint64] | None
+) -> tuple[Route, Call]:
+    control, blocks = route.link.control, route.blocks
+    message = Fill(control.next_id(), reply.reservation)
+    return route, Call(
+        control, message, pieces.of(blocks), checksums[blocks] if checksums is not None else None
+    )

@@ -9,6 +9,8 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Sized
+from operator import attrgetter
 from typing import Self, overload
 
 from polarkv_sglang.config import parse_address
@@ -217,8 +219,8 @@ class ControlConnection:
 
     def start_exchange(self) -> int:
         """The socket, for an exchange without us: nothing may be left of earlier ones. Raises NodeError."""
-        self._check_open()
-        if len(self._frames):
+        if self._closed is not None or len(self._frames):
+            self._check_open()
             raise self._failed("broke the protocol: it sent what was not asked for")
         return self._socket.fileno()
 
@@ -356,34 +358,31 @@ def _open_socket(address: str, deadline: float, deadline_s: float) -> socket.soc
     raise NodeError(f"memory node {address} cannot be reached: {reason}; is it running there?") from last
 
 
-def answers(reply: FromNode, request: Request) -> bool:
+_keys = attrgetter("keys")
+# What answers a request, and where it has one entry per key: these, and how many bytes one of them is.
+_REPLIES: dict[type[Message], tuple[type[Message], attrgetter[Sized] | None, int]] = {
+    Reserve: (Reserved, attrgetter("states"), 1),
+    Commit: (Committed, None, 0),
+    Locate: (Located, attrgetter("address_blob"), 8),
+    Hold: (Held, attrgetter("present"), 1),
+    Renew: (Renewed, None, 0),
+    Fetch: (Fetched, attrgetter("states"), 1),
+    StartStream: (Streaming, None, 0),
+    Pull: (Pulled, attrgetter("checksum_blob"), 8),
+    Store: (Stored, attrgetter("states"), 1),
+    Fill: (Committed, None, 0),
+    Peek: (Peeked, attrgetter("present"), 1),
+    ReadNotes: (NotesRead, attrgetter("notes"), 1),
+    Statistics: (NodeStatistics, None, 0),
+}
+
+
+def answers(reply: Reply, request: Answered) -> bool:
     """Whether this is the reply to that request, for as many keys; for those who pipeline requests."""
-    match request, reply:
-        case Reserve(), Reserved():
-            keys = len(reply.states)
-        case Fetch(), Fetched():
-            keys = len(reply.states)
-        case Locate(), Located():
-            keys = len(reply.address_blob) // 8
-        case Peek(), Peeked():
-            keys = len(reply.present)
-        case Hold(), Held():
-            keys = len(reply.present)
-        case Pull(), Pulled():
-            here = len(reply.checksum_blob) // 8
-            return reply.request_id == request.request_id and here * KEY_BYTES <= len(request.keys)
-        case Store(), Stored():
-            keys = len(reply.states)
-        case ReadNotes(), NotesRead():
-            keys = len(reply.notes)
-        case ((Commit() | Fill()), Committed()):
-            return reply.request_id == request.request_id
-        case Renew(), Renewed():
-            return reply.request_id == request.request_id
-        case StartStream(), Streaming():
-            return reply.request_id == request.request_id
-        case Statistics(), NodeStatistics():
-            return reply.request_id == request.request_id
-        case _:
-            return False
-    return reply.request_id == request.request_id and keys * KEY_BYTES == len(request.keys)
+    reply_type, entries, entry_bytes = _REPLIES[type(request)]
+    if type(reply) is not reply_type or reply.request_id != request.request_id:
+        return False
+    if entries is None:
+        return True
+    keys, asked = len(entries(reply)) // entry_bytes, len(_keys(request)) // KEY_BYTES
+    return keys == asked or (keys < asked and reply_type is Pulled)  # it has the leading ones only

@@ -61,10 +61,10 @@ class FrameReader:
 
 def encode_frame(message: Message) -> bytearray:
     """A message as header and payload."""
-    buffer = bytearray(HEADER_BYTES)
-    _encoder.encode_into(message, buffer, HEADER_BYTES)
-    buffer[:HEADER_BYTES] = (len(buffer) - HEADER_BYTES).to_bytes(HEADER_BYTES, "little")
-    return buffer
+    payload = _encoder.encode(message)
+    frame = bytearray(len(payload).to_bytes(HEADER_BYTES, "little"))
+    frame += payload
+    return frame
 
 
 def encode_before(message: Pulled | Store | Fill, address: int, between: int = 0) -> bytearray:

@@ -336,7 +336,8 @@ class Pulled(Message, frozen=True, tag="pulled"):
     padding: Padding = b""  # see ``encode_before``
 
     def __post_init__(self) -> None:
-        _check_columns(len(self.checksum_blob) // 8, self.checksum_blob, self.generation_blob)
+        if len(self.checksum_blob) % 8 or len(self.generation_blob) != len(self.checksum_blob):
+            raise ValueError("checksums or generations are no numbers of 8 bytes for as many keys")
 
 
 class Store(Message, frozen=True, tag="store"):
@@ -545,5 +546,6 @@ def _check_seconds(name: str, seconds: float) -> None:
 
 
 def _check_columns(count: int, *blobs: bytes) -> None:
-    if any(len(blob) != 8 * count for blob in blobs):
-        raise ValueError(f"a column does not hold {count} numbers of 8 bytes")
+    for blob in blobs:
+        if len(blob) != 8 * count:
+            raise ValueError(f"a column does not hold {count} numbers of 8 bytes")

@@ -342,6 +342,7 @@ int polar_exchange(const polar_exchange_batch *batch) {
     if (streams && fds && digests) {
         for (uint32_t i = 0; i < batch->channel_count; i++) {
             streams[i].channel = &batch->channels[i];
+            streams[i].channel->reply_bytes = streams[i].channel->arrived = 0;
             streams[i].block_bytes = block_bytes;
             streams[i].digests = &digests[i * chunks];
             open_pipe(batch, &streams[i]);

@@ -19,7 +19,7 @@ from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.transport import load_library
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.messages import Store
-from polarkv_sglang.transport.stream import Answer, Call, exchange
+from polarkv_sglang.transport.stream import Answer, Call, Exchange
 from tests.pool.streams import BLOCK, PIECE, Memory, call, keys, pull, streaming
 from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node
@@ -32,7 +32,7 @@ def test_large_writes_to_two_nodes_go_at_once(control: ControlConnection):
             Call(each, Store(each.next_id(), under, NO_PARENT + under[:-16], BLOCK), source.addresses)
             for each, source in zip((control, other), sources)
         ]
-        answers = exchange(load_library(), calls, PIECE, time.monotonic() + 5.0)
+        answers = Exchange(load_library()).run(calls, PIECE, time.monotonic() + 5.0)
         assert all(isinstance(answer, Answer) for answer in answers), answers
         for each, source in zip((control, other), sources):
             target = Memory(400, seed=1)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from polarkv_sglang.identity import NO_PARENT
+from polarkv_sglang.transport import checksums, load_library
 from polarkv_sglang.transport.columns import pack_u64
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.framing import encode_frame
-from polarkv_sglang.transport.messages import Committed, Fill, Peek, Reserve, Store, Stored
-from polarkv_sglang.transport.stream import Answer
+from polarkv_sglang.transport.messages import Committed, Fill, Peek, Pull, Reserve, Store, Stored
+from polarkv_sglang.transport.stream import Answer, Call, Exchange
 from tests.pool.rank import a_rank, prompt
-from tests.pool.streams import BLOCK, PRESENT, RESERVED, Memory, call, keys, pull, send, store
+from tests.pool.streams import BLOCK, PIECE, PRESENT, RESERVED, Memory, call, keys, pull, send, store
 from tests.pool.test_node import eventually
 from tests.support import RunningNode
 
@@ -72,6 +73,43 @@ def test_block_with_another_checksum_than_expected_is_not_stored(
     store(control, source, keys(count), source.sums)
     assert control.request(Peek(control.next_id(), keys(count)), 5.0).present == b"\1\0" + b"\1" * (count - 2)
     assert node.statistics().reservations == 0
+
+
+def test_exchange_that_is_used_again_answers_for_each_batch_alone(control: ControlConnection):
+    exchange, answers = Exchange(load_library()), []
+    sources = [Memory(count, seed=count) for count in (3, 200, 1)]
+    for first, source in zip((1, 10, 300), sources):
+        under = keys(len(source.sums), first)
+        request = Store(control.next_id(), under, (NO_PARENT + under)[: len(under)], BLOCK)
+        expected = source.sums.copy()
+        expected[0] ^= np.uint64(first == 1)
+        call = Call(control, request, source.addresses, expected)
+        answers += exchange.run([call], PIECE, time.monotonic() + 5.0)
+    assert [answer.right for answer in answers] == [b"\0\1\1", b"\1" * 200, b"\1"]
+    assert [answer.reply.states for answer in answers] == [bytes(3), bytes(200), bytes(1)]
+    got = []
+    for under, found in ((keys(200, 10), 200), (keys(3), 0), (keys(3, 209), 1), (keys(2, 300), 1)):
+        target = Memory(len(under) // 16, seed=7)
+        pull = Pull(control.next_id(), under, BLOCK)
+        got += exchange.run([Call(control, pull, target.addresses)], PIECE, time.monotonic() + 5.0)
+        assert got[-1].right == b"\1" * found
+    assert [len(answer.reply.checksum_blob) // 8 for answer in got] == [200, 0, 1, 1]
+    assert exchange.run([], PIECE, time.monotonic() + 5.0) == []
+
+
+@pytest.mark.parametrize("count", [6, 64], ids=["unasked", "asked"])
+def test_put_tells_what_is_written_from_what_was_there_and_what_is_wrong(node: RunningNode, count: int):
+    blocks = prompt("mixed", count)
+    with a_rank(node.address, ucx_tls="tcp", deadline_s=5.0) as rank:
+        assert rank.put(blocks.part(slice(2))) == [True, True]
+        pieces = rank.pieces(count)
+        sums = checksums(load_library(), pieces.addresses, pieces.piece_bytes)
+        sums[[0, count - 1]] ^= np.uint64(1)
+        written = rank.client.put(blocks, pieces, sums)
+        assert written.tolist() == [True] * (count - 1) + [False]
+        now = rank.client.statistics()
+        assert (now.put_blocks, now.present_blocks) == (2 + count - 3, 2)
+        assert rank.get(blocks) == [True] * (count - 1) + [False]
 
 
 def test_large_batches_ask_first_and_send_nothing_twice(node: RunningNode):

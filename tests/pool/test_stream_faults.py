@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from polarkv_sglang.errors import NodeError
@@ -30,7 +31,7 @@ from polarkv_sglang.transport.messages import (
     Stored,
     View,
 )
-from polarkv_sglang.transport.stream import Answer, Call, exchange
+from polarkv_sglang.transport.stream import Answer, Call, Exchange
 from tests.pool.streams import (
     BLOCK,
     BUSY,
@@ -203,6 +204,24 @@ def test_answer_that_is_none_ends_the_connection_in_time(answer: bytes, why: str
         assert isinstance(call(control, Pull(2, keys(2), BLOCK), Memory(2)), NodeError)
 
 
+def test_each_block_that_is_not_what_its_checksum_says_is_told():
+    source = Memory(3)
+    sums = source.sums.copy()
+    sums[1] ^= np.uint64(1)
+    reply = encode_frame(Pulled(1, sums.tobytes(), pack_u64([1] * 3)))
+
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        connection.recv(4096)
+        connection.sendall(reply + (3 * BLOCK).to_bytes(8, "little") + source.blocks().tobytes())
+        until_closed(connection)
+
+    with scripted_node(serve) as address, connect(address) as control:
+        answer = call(control, Pull(1, keys(4), BLOCK), Memory(4, seed=1))
+        assert isinstance(answer, Answer)
+        assert answer.right == b"\1\0\1"
+
+
 @contextlib.contextmanager
 def dripping(connection: socket.socket) -> Iterator[None]:
     """Unused bytes trickle in all the while."""
@@ -246,7 +265,23 @@ def test_silent_node_does_not_take_the_blocks_of_another(node: RunningNode, cont
             Call(silent, Pull(silent.next_id(), keys(2), BLOCK), other.addresses),
             Call(control, Pull(control.next_id(), keys(2), BLOCK), target.addresses),
         ]
-        failed, answer = exchange(load_library(), calls, PIECE, time.monotonic() + 0.4)
+        failed, answer = Exchange(load_library()).run(calls, PIECE, time.monotonic() + 0.4)
         assert isinstance(failed, NodeError)
         assert isinstance(answer, Answer)
         assert (target.blocks() == source.blocks()).all()
+
+
+@pytest.mark.parametrize("closed", [0, 1])
+def test_connection_that_is_closed_does_not_take_the_blocks_of_another(
+    node: RunningNode, control: ControlConnection, closed: int
+):
+    source, target = Memory(2), Memory(2, seed=1)
+    store(control, source, keys(2))
+    with streaming(node) as gone:
+        gone.close()
+        calls = [Call(control, Pull(control.next_id(), keys(2), BLOCK), target.addresses)]
+        calls.insert(closed, Call(gone, Pull(1, keys(2), BLOCK), Memory(2).addresses))
+        answers = Exchange(load_library()).run(calls, PIECE, time.monotonic() + 5.0)
+    assert "is closed on our side" in str(answers[closed])
+    assert isinstance(answers[1 - closed], Answer)
+    assert (target.blocks() == source.blocks()).all()
