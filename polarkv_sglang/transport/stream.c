@@ -27,7 +27,7 @@ enum {
     SPIN_NS = 300 * 1000,  /* a reply is waited for so long without sleep; most take less */
     SIZE_BYTES = 4,        /* of a frame's header */
     LENGTH_BYTES = 8,      /* of what says how many bytes of blocks follow a reply */
-    LEND_BYTES = 8 << 20,  /* from so many on a peer's blocks are lent to the socket: copying fewer is quicker */
+    LEND_BYTES = 2 << 20,  /* from so many on a peer's blocks are lent to the socket: copying fewer is quicker */
     LEND_PIECE = 4096,     /* in pieces of so many at least */
     PIPE_BYTES = 1 << 19,  /* wanted of a pipe: a slot for every page of a burst, whose ranges may begin in one */
     LEAST_PIPE = 1 << 16,  /* through less, copying is quicker */

@@ -20,7 +20,7 @@ from tests.pool.test_node import eventually
 from tests.support import RunningNode
 
 
-# From 8 MiB on the pages are lent to the socket.
+# From 2 MiB on the pages are lent to the socket.
 @pytest.mark.parametrize("count", [1, 3, 200, 400])
 def test_blocks_come_back_as_they_were_stored(control: ControlConnection, node: RunningNode, count: int):
     source, target = Memory(count), Memory(count, seed=1)
