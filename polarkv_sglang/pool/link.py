@@ -15,6 +15,7 @@ from polarkv_sglang.transport.messages import Welcome
 from polarkv_sglang.transport.stream import Exchange
 
 _PROBE_BYTES = 64
+_MOST_CARRIED_BYTES = 512 << 10
 
 
 class Link(NamedTuple):
@@ -25,6 +26,15 @@ class Link(NamedTuple):
     route: RemoteKey | Mapped | None  # to its slab, over UCX or in our address space
     pushed: bool = False  # no route: its transport emulates gets, so the node puts what we read
     streamed: bool = False  # no route: there is nothing better than TCP, so blocks go through ``control``
+    streams: bool = False  # few blocks may go through ``control`` as well
+
+    def carries(self, size: int) -> bool:
+        """Whether blocks of ``size`` bytes in all go through ``control``.
+
+        In one exchange: copying from or to a mapping, which is quicker for many, takes one before it, and
+        another one behind it to write.
+        """
+        return self.streamed or (self.streams and size <= _MOST_CARRIED_BYTES)
 
     @property
     def failed(self) -> str | None:
@@ -82,7 +92,8 @@ class Lane:
                 if pushed or streamed:
                     _close(route)
                     route = None
-            self._set(Link(address, control, route, pushed, streamed))
+            streams = streams and isinstance(route, Mapped)
+            self._set(Link(address, control, route, pushed, streamed, streams))
 
     def _set(self, link: Link) -> None:
         self.drop(link.address)

@@ -53,6 +53,13 @@ class _Batch(msgspec.Struct, frozen=True):
     pieces: Pieces
     nodes: Mapping[str, int]  # over which its stripes are ranked, also when one of them fails meanwhile
     started: float  # time.monotonic
+    staged: bool  # part by part, if that can be done
+
+    def pulls(self, route: Route) -> bool:
+        """Whether blocks come through their link's connection."""
+        if self.staged:
+            return route.link.streamed
+        return route.link.carries(len(route.blocks) * self.pieces.block_bytes)
 
 
 class _Found(NamedTuple):
@@ -97,7 +104,7 @@ class Reader:
     def read(self, chain: Chain, pieces: Pieces, stages: Stages | None = None) -> bytes:
         """See ``PoolClient.get``; per block 1 or 0."""
         nodes = usable_nodes(self._lane, self._membership.live)
-        batch = _Batch(chain, pieces, nodes, time.monotonic())
+        batch = _Batch(chain, pieces, nodes, time.monotonic(), stages is not None)
         if stages is not None:
             routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
             share = _FETCH_FIRST_BY if self._copies > 1 else _FETCH_BY
@@ -112,7 +119,8 @@ class Reader:
                 return done.tobytes()
         if self._copies == 1:
             routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
-            if len(routes) == 1 and routes[0].link.streamed and len(routes[0].blocks) == len(chain.keys):
+            whole = len(routes) == 1 and len(routes[0].blocks) == len(chain.keys)
+            if whole and batch.pulls(routes[0]):
                 return self._pull_all(batch, routes[0])
         located = np.zeros(len(chain), bool)
         found: list[_Found] = []
@@ -153,7 +161,7 @@ class Reader:
         find_by = batch.started + share * self._deadline_s
         locating = self._requests.send(
             self._lane,
-            [route for route in routes if not route.link.pushed and not route.link.streamed],
+            [route for route in routes if not (route.link.pushed or batch.pulls(route))],
             lambda link, wanted: Locate(
                 link.control.next_id(), blob(batch.chain.keys, wanted), self._lease_s
             ),
@@ -161,7 +169,7 @@ class Reader:
         )
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, length) for route, reply in located if reply.lease]
-        pulling = [_pull(batch, route) for route in routes if route.link.streamed]
+        pulling = [_pull(batch, route) for route in routes if batch.pulls(route)]
         pulled = self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, fetch_by)
         found += [_pulled(route, answer) for route, answer in pulled]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)

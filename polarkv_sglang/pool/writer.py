@@ -68,7 +68,8 @@ class Writer:
         asking: list[Route] = []
         nodes = usable_nodes(self._lane, self._membership.live)
         for route in route_blocks(self._lane, nodes, chain, positions(len(chain.keys))):
-            if route.link.streamed and len(route.blocks) * pieces.block_bytes <= _UNASKED_BYTES:
+            size = len(route.blocks) * pieces.block_bytes
+            if size <= _UNASKED_BYTES and route.link.carries(size):
                 streaming.append(_store(chain, pieces, route, checksums))
             else:
                 asking.append(route)
