@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ STOP_S = 15.0
 _READY = re.compile(
     r"polarkv node (?P<id>\w+) listening on (?P<address>\S+), .*?(metrics on (?P<metrics>\S+))?$"
 )
+
+
+def freeze(pid: int) -> None:
+    """SIGSTOP; returns once every thread of the process has stopped: the signal only asks for it."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in tasks.glob("*/stat")):
+        time.sleep(0.001)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,10 @@ class RunningNode:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_S)
+
+    def freeze(self) -> None:
+        """It answers nobody until SIGCONT."""
+        freeze(self.pid)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone; a stopped process too."""

@@ -15,6 +15,7 @@ from polarkv_sglang.transport.messages import Welcome
 from polarkv_sglang.transport.stream import Exchange
 
 _PROBE_BYTES = 64
+# What is copied twice more by a socket then takes less time than the exchange that is saved.
 _MOST_CARRIED_BYTES = 512 << 10
 
 
@@ -26,7 +27,7 @@ class Link(NamedTuple):
     route: RemoteKey | Mapped | None  # to its slab, over UCX or in our address space
     pushed: bool = False  # no route: its transport emulates gets, so the node puts what we read
     streamed: bool = False  # no route: there is nothing better than TCP, so blocks go through ``control``
-    streams: bool = False  # few blocks may go through ``control`` as well
+    carries_few: bool = False  # there is a route, but few blocks go through ``control`` as well
 
     def carries(self, size: int) -> bool:
         """Whether blocks of ``size`` bytes in all go through ``control``.
@@ -34,7 +35,7 @@ class Link(NamedTuple):
         In one exchange: copying from or to a mapping, which is quicker for many, takes one before it, and
         another one behind it to write.
         """
-        return self.streamed or (self.streams and size <= _MOST_CARRIED_BYTES)
+        return self.streamed or (self.carries_few and size <= _MOST_CARRIED_BYTES)
 
     @property
     def failed(self) -> str | None:
@@ -65,7 +66,7 @@ class Lane:
         self._by_processor = by_processor
         self.lock = threading.Lock()
         self._context = context
-        self.exchange = Exchange(context.library) if context is not None else None  # with streamed links
+        self.exchange = Exchange(context.library) if context is not None else None  # through connections
         self.worker = Worker(context) if context is not None else None
         # UCX makes no worker while a network device that it knows is down, which is when another is needed.
         self._spare = Worker(context) if context is not None else None
@@ -79,21 +80,21 @@ class Lane:
 
         Raises TransportError if its memory cannot be reached in time, NodeError if the node does not answer.
         """
-        streams = control.can_stream and (self._by_processor or not self._reads)
-        if streams:  # before it is ours: nobody else waits for the node's answer
+        threaded = control.can_stream and (self._by_processor or not self._reads)
+        if threaded:  # before it is ours: nobody else waits for the node's answer
             control.start_streaming(deadline_s)
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
             pushed = streamed = False
             if isinstance(route, RemoteKey) and route.endpoint.emulates_get:
-                streamed = streams and self._by_processor
+                streamed = threaded and self._by_processor
                 pushed = self._reads and not streamed
                 if pushed or streamed:
                     _close(route)
                     route = None
-            streams = streams and isinstance(route, Mapped)
-            self._set(Link(address, control, route, pushed, streamed, streams))
+            carries_few = threaded and isinstance(route, Mapped)
+            self._set(Link(address, control, route, pushed, streamed, carries_few))
 
     def _set(self, link: Link) -> None:
         self.drop(link.address)

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 # the time of the others for the next. Where there are copies to turn to, the first look ends sooner.
 _FIND_BY = 0.5
 _FIND_FIRST_BY = 0.25
+_PULL_BY = 0.65  # where other nodes' blocks have to be got still
 _FETCH_BY = 0.8
 _FETCH_FIRST_BY = 0.4
 
@@ -170,7 +171,8 @@ class Reader:
         located = self._requests.collect(self._lane, locating, Located, find_by)
         found = [_located(route, reply, length) for route, reply in located if reply.lease]
         pulling = [_pull(batch, route) for route in routes if batch.pulls(route)]
-        pulled = self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, fetch_by)
+        pull_by = min(fetch_by, batch.started + _PULL_BY * self._deadline_s) if found else fetch_by
+        pulled = self._requests.stream(self._lane, pulling, batch.pieces.piece_bytes, pull_by)
         found += [_pulled(route, answer) for route, answer in pulled]
         fetched = self._requests.collect_pushed(self._lane, fetching, Fetched, fetch_by)
         failed = [route.link for route, reply in fetched if FetchState.FAILED in reply.states]

@@ -29,6 +29,7 @@ from polarkv_sglang.transport.stream import Call
 
 # Of a batch's deadline, when its steps have to have ended, as in reading.
 _RESERVE_BY = 0.5
+_STREAM_BY = 0.65  # where other nodes' blocks have to be moved still
 _MOVE_BY = 0.8
 _COMMIT_S = 0.1  # at least
 # So much is sent to a node without asking what it has: the bytes take no longer than the question.
@@ -88,7 +89,7 @@ class Writer:
                     part = Part(route.link, blocks, unpack_u64(reply.address_blob)[ours])
                     reserved[route.link.address] = reply.reservation, part
         if streaming:
-            share = _MOVE_BY if reserved else 1.0
+            share = _STREAM_BY if reserved else 1.0
             self._stream(streaming, pieces.piece_bytes, started + share * self._deadline_s, outcomes)
         if reserved:
             self._move(reserved, pieces, checksums, started, outcomes)

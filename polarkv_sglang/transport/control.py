@@ -205,7 +205,7 @@ class ControlConnection:
         return self._quick is not None
 
     def start_streaming(self, deadline_s: float) -> None:
-        """Let blocks go through this connection from now on; see ``StartStream``. Raises as ``request``."""
+        """Be served by a thread of the node's from now on; see ``StartStream``. Raises as ``request``."""
         self.request(StartStream(self.next_id()), deadline_s)
 
     def give_up(self, reason: str) -> NodeError:

@@ -90,9 +90,9 @@ class Exchange:
 
     def _make_room(self, count: int) -> None:
         channels = self._library.ffi.new("polar_channel[]", count)
-        self._channels = channels  # which the slots point into
-        self._slots = [_Slot(self._library, channels + number) for number in range(count)]
-        self._batch.channels = channels
+        slots = [_Slot(self._library, channels + number) for number in range(count)]
+        # All or nothing: there may be no memory for some of it.
+        self._channels, self._slots, self._batch.channels = channels, slots, channels
 
 
 class _Slot:
@@ -109,15 +109,13 @@ class _Slot:
         self._make_room(_FIRST_ROOM)
 
     def _make_room(self, blocks: int) -> None:
-        self._room = blocks
-        self._reply = memoryview(bytearray(_REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks))
-        self._sums = memoryview(bytearray((_SUM_BYTES + 1) * blocks))
-        self._buffers = (
-            self._from_buffer(self._bytes, self._reply),
-            self._from_buffer(self._words, self._sums),
-        )
-        self._channel.reply, self._channel.checksums = self._buffers
-        self._channel.reply_capacity = len(self._reply)
+        reply = memoryview(bytearray(_REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks))
+        sums = memoryview(bytearray((_SUM_BYTES + 1) * blocks))
+        buffers = self._from_buffer(self._bytes, reply), self._from_buffer(self._words, sums)
+        # All or nothing, as above.
+        self._room, self._reply, self._sums, self._buffers = blocks, reply, sums, buffers
+        self._channel.reply, self._channel.checksums = buffers
+        self._channel.reply_capacity = len(reply)
 
     def fill(self, call: Call) -> None:
         """Prepare a call."""

@@ -150,7 +150,7 @@ def test_package_that_cannot_be_imported_is_a_finding(tmp_path: Path) -> None:
 
 def test_wrong_token_and_frozen_node_are_told_apart(node: RunningNode) -> None:
     with running_node() as frozen:
-        os.kill(frozen.pid, signal.SIGSTOP)
+        frozen.freeze()
         started = time.monotonic()
         refused, silent = pool.check_nodes(facts(node.address, frozen.address, token="wrong"))
         assert time.monotonic() - started < 15.0

@@ -51,7 +51,7 @@ def test_one_node_that_is_down_is_told_apart_from_one_that_refuses_us():
 
 def test_frozen_node_is_unreachable_within_the_deadline():
     with running_node() as node:
-        os.kill(node.pid, signal.SIGSTOP)
+        node.freeze()
         started = time.monotonic()
         done = status(node.address)
         assert time.monotonic() - started < 15.0

@@ -76,7 +76,7 @@ class FaultyNode:
         self.kill()
 
     def freeze(self) -> None:
-        os.kill(self.running.pid, signal.SIGSTOP)
+        self.running.freeze()
 
     def thaw(self) -> None:
         os.kill(self.running.pid, signal.SIGCONT)

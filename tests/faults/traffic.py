@@ -29,6 +29,7 @@ import numpy.typing as npt
 from polarkv_sglang.pool.blocks import Chain, Pieces, chain
 from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.transport import DRAIN_S
+from tests.support import freeze
 
 Kind = Literal["get", "put", "peek"]
 
@@ -324,7 +325,7 @@ class TrafficProcess:
         return self.wait_until(lambda now: now.live == sorted(live), f"the nodes in use are {live}")
 
     def freeze(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        freeze(self.process.pid)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)

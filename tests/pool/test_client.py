@@ -148,7 +148,7 @@ def test_a_frozen_node_is_a_miss_within_the_deadline_and_then_costs_nothing(
 
     with running_node() as frozen, a_rank(frozen.address, ucx_tls=ucx_tls) as rank:
         assert rank.put(blocks) == [True] * 32
-        os.kill(frozen.pid, signal.SIGSTOP)
+        frozen.freeze()
         started = time.monotonic()
         operate(rank)
         assert time.monotonic() - started < 2 * DEADLINE_S
@@ -261,7 +261,7 @@ def test_a_frozen_node_does_not_take_the_others_with_it(ucx_tls: str | None) -> 
         blocks = prompt("one frozen", 64)
         assert rank.put(blocks) == [True] * 64
         for number, frozen in enumerate(nodes):
-            os.kill(frozen.pid, signal.SIGSTOP)
+            frozen.freeze()
             # Whatever the order in which nodes are asked, and whether it is to read, to write or to look.
             match number:
                 case 0:

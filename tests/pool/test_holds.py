@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -99,13 +98,17 @@ def test_a_hold_lasts_as_long_as_it_is_renewed() -> None:
         assert not rank.client.renew(kept, 1.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_a_node_that_fails_keeps_nothing_and_costs_no_exception(number: int) -> None:
+@pytest.mark.parametrize(
+    "fail",
+    [RunningNode.freeze, pytest.param(RunningNode.kill, marks=pytest.mark.slow)],
+    ids=["frozen", "killed"],
+)
+def test_a_node_that_fails_keeps_nothing_and_costs_no_exception(fail: Callable[[RunningNode], None]) -> None:
     blocks = prompt("lost", 8)
     with running_node("16MiB") as node, a_rank(node.address) as rank:
         rank.put(blocks)
         kept = rank.client.hold(blocks, LEASE_S)
-        os.kill(node.pid, number)
+        fail(node)
         assert not rank.client.renew(kept, LEASE_S)
         assert rank.client.hold(blocks, LEASE_S).blocks == 0
         rank.client.drop(kept)

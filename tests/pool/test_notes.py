@@ -81,7 +81,7 @@ def test_a_node_is_not_blamed_for_a_wait_for_other_calls() -> None:
         with rank.client._peek_lane.lock:
             reading.start()
             time.sleep(1.5)
-            os.kill(node.pid, signal.SIGSTOP)
+            node.freeze()
         time.sleep(1)
         os.kill(node.pid, signal.SIGCONT)
         reading.join()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -169,7 +167,7 @@ def test_a_frozen_node_takes_no_other_with_it() -> None:
         nodes = stack.enter_context(running_nodes(3))
         rank = stack.enter_context(a_rank(*[node.address for node in nodes], ucx_tls="tcp", deadline_s=1.5))
         assert all(rank.put(prompt("a", pages)))
-        os.kill(nodes[0].pid, signal.SIGSTOP)
+        nodes[0].freeze()
         right, seen = get(rank, "a", pages)
         assert (any(right), seen) == (False, [])
         assert rank.client.membership.live.keys() == {node.address for node in nodes[1:]}

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from polarkv_sglang.transport import (
     attach,
     load_library,
 )
+from tests.support import freeze
 
 MIB = 1 << 20
 
@@ -86,11 +86,7 @@ class Peer:
         self.process.kill()
 
     def freeze(self) -> None:
-        """Returns once every thread has stopped: the signal only asks for it."""
-        self.process.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in tasks.glob("*/stat")):
-            time.sleep(0.001)
+        freeze(self.process.pid)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
