@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import signal
 import ssl
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported after the fork of _detach, which threads of numpy or UCX would not survive.
     from polarkv_sglang.pool.node import NodeSettings
 
+    _allow_descriptors()
     tls, client_tls = _tls(args)
     settings = NodeSettings(
         host=host,
@@ -135,6 +137,13 @@ def _parse_listen(text: str) -> tuple[str, int]:
         raise ConfigError(
             f"--listen {text!r} is not HOST:PORT; write for example 127.0.0.1:{DEFAULT_PORT}"
         ) from error
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets us have: a rank takes seven, and shells allow a thousand."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # then it is what it is
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _detach() -> None:

@@ -3,7 +3,8 @@
 
 enum { POLAR_ABI = 1 }; /* of this file: raised with its every change */
 
-enum { POLAR_MAX_KEYS = 8192 }; /* of one call */
+/* As in transport/messages.py. */
+enum { POLAR_MAX_KEYS = 8192, POLAR_MAX_PULL_PARTS = 64, POLAR_MAX_PULL_RUNS = 1 << 14 };
 
 /* What became of a key that was to be reserved: transport/messages.py, KeyState. */
 enum { POLAR_RESERVED = 0, POLAR_PRESENT = 1, POLAR_NO_ROOM = 2, POLAR_BUSY = 3 };

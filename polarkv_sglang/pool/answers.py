@@ -9,6 +9,7 @@ from polarkv_sglang.transport.framing import BadFrame
 from polarkv_sglang.transport.messages import (
     Commit,
     Committed,
+    Fill,
     FromClient,
     Held,
     Hold,
@@ -60,6 +61,8 @@ def answer(index: Index, notes: Notes, owner: int, request: FromClient) -> Messa
             notes.write(split_keys(request.keys), request.notes)
         case ReadNotes():
             return NotesRead(request.request_id, notes.read(split_keys(request.keys)))
+        case Fill():
+            raise BadFrame("a fill of a reservation that is over, or is another's")
         case _:
             raise BadFrame(f"{type(request).__name__} out of place")
     return None

@@ -53,6 +53,11 @@ struct holding *find_holding(const struct holdings *holdings, uint64_t owner, ui
     return holding && holding->number == number && holding->owner == owner ? holding : NULL;
 }
 
+void set_deadline(struct holdings *holdings, struct holding *holding, int64_t deadline_ns) {
+    holding->deadline_ns = deadline_ns;
+    if (deadline_ns < holdings->earliest_ns) holdings->earliest_ns = deadline_ns;
+}
+
 void end_holding(struct holdings *holdings, struct holding *holding) {
     uint32_t place = holding->number & ((1u << PLACE_BITS) - 1);
     holdings->places[place] = NULL;

@@ -16,6 +16,7 @@ polar_index *polar_index_new(const polar_index_settings *settings) {
     pthread_mutex_init(&index->lock, NULL);
     index->settings = *settings;
     index->generation = 1;
+    index->reservations.earliest_ns = index->leases.earliest_ns = INT64_MAX;
     if (!slab_open(&index->slab, settings->base, settings->capacity_bytes, settings->segment_bytes) ||
         !table_open(&index->table, index->slab.capacity_bytes / SLOT_BYTES) ||
         !eviction_open(&index->eviction, settings->eviction_batch)) {
@@ -117,19 +118,41 @@ void use(polar_index *index, uint32_t count) {
         if (index->found[i]) row_of(index, index->found[i])->last_use = index->tick - i;
 }
 
+static void expire_leases(polar_index *index, int64_t now_ns) {
+    struct holdings *leases = &index->leases;
+    if (now_ns < leases->earliest_ns) return;
+    leases->earliest_ns = INT64_MAX;
+    for (uint32_t place = 0; place < leases->used; place++) {
+        struct holding *lease = leases->places[place];
+        if (!lease) continue;
+        if (lease->deadline_ns > now_ns) {
+            set_deadline(leases, lease, lease->deadline_ns);
+        } else {
+            index->counted.expired_leases++;
+            end_lease(index, lease);
+        }
+    }
+}
+
+static void expire_reservations(polar_index *index, int64_t now_ns) {
+    struct holdings *reservations = &index->reservations;
+    if (now_ns < reservations->earliest_ns) return;
+    reservations->earliest_ns = INT64_MAX;
+    for (uint32_t place = 0; place < reservations->used; place++) {
+        struct holding *reservation = reservations->places[place];
+        if (!reservation || reservation->flag) continue;
+        if (reservation->deadline_ns > now_ns) {
+            set_deadline(reservations, reservation, reservation->deadline_ns);
+        } else {
+            index->counted.expired_reservations++;
+            abort_reservation(index, reservation);
+        }
+    }
+}
+
 void expire(polar_index *index, int64_t now_ns) {
-    for (uint32_t place = 0; place < index->leases.used; place++) {
-        struct holding *lease = index->leases.places[place];
-        if (!lease || lease->deadline_ns > now_ns) continue;
-        index->counted.expired_leases++;
-        end_lease(index, lease);
-    }
-    for (uint32_t place = 0; place < index->reservations.used; place++) {
-        struct holding *reservation = index->reservations.places[place];
-        if (!reservation || reservation->flag || reservation->deadline_ns > now_ns) continue;
-        index->counted.expired_reservations++;
-        abort_reservation(index, reservation);
-    }
+    expire_leases(index, now_ns);
+    expire_reservations(index, now_ns);
 }
 
 /* ---- Calls. */

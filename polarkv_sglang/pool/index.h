@@ -140,11 +140,13 @@ struct holdings {
     uint32_t *free;
     uint64_t serial;
     uint32_t count;
+    int64_t earliest_ns; /* before it none is over */
 };
 
 void holdings_close(struct holdings *holdings);
 struct holding *new_holding(struct holdings *holdings, uint64_t owner, uint32_t count); /* NULL: no memory */
 struct holding *find_holding(const struct holdings *holdings, uint64_t owner, uint64_t number);
+void set_deadline(struct holdings *holdings, struct holding *holding, int64_t deadline_ns);
 void end_holding(struct holdings *holdings, struct holding *holding);
 
 struct owner {
@@ -181,6 +183,7 @@ void unlink_row(polar_index *index, uint32_t row);      /* nobody can find the b
 void discard(polar_index *index, uint32_t row);         /* others get the slot and the row of an unlinked block */
 void expire(polar_index *index, int64_t now_ns);        /* ends the holdings whose time is over */
 void end_lease(polar_index *index, struct holding *lease);
+void end_pull(polar_index *index, uint64_t owner, uint64_t lease, uint64_t blocks, uint64_t sent_bytes);
 void abort_reservation(polar_index *index, struct holding *reservation);
 
 #pragma GCC visibility pop

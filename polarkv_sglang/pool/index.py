@@ -14,7 +14,7 @@ from polarkv_sglang.errors import ConfigError, PolarError
 from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.pool.native import load_native
 from polarkv_sglang.pool.slab import Slab
-from polarkv_sglang.transport.messages import MAX_LEASE_S
+from polarkv_sglang.transport.messages import MAX_KEYS, MAX_LEASE_S
 
 RESERVATION_S = 30.0
 # Of a slab, what leases may keep when a request that only waits asks for one more: the rest is room for what
@@ -82,9 +82,10 @@ class IndexStatistics(NamedTuple):
 class Index:
     """Blocks, who writes them and who reads them; index.c does the work. For any thread.
 
-    Keys are given end to end, at most MAX_KEYS of them. ``owner`` is a connection: only the owner can end its
-    reservations and leases. If it disappears they live on until they expire, since its transfers may still be
-    under way. Its holds have none, and what a stream reads or writes for it ends with the stream.
+    Keys are given end to end; ValueError for more than MAX_KEYS of them. ``owner`` is a connection: only the
+    owner can end its reservations and leases. If it disappears they live on until they expire, since its
+    transfers may still be under way. Its holds have none, and what a stream reads or writes for it ends with
+    the stream.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Index:
         Keys come in prefix order. Once one finds no room, later ones get none: without their head they would
         be useless. Where nothing else is left, what is told to be present may go for what is new.
         """
-        count = len(keys) // KEY_BYTES
+        count = _count(keys, parents)
         addresses, states = bytearray(8 * count), bytearray(count)
         number = self._node.polar_reserve(
             self.native, owner, self._of(keys), self._of(parents), count, length, False, self._clock_ns(),
@@ -154,7 +155,7 @@ class Index:
         Not ``counted`` are those who read further parts of what they have begun to read. Nothing is found by
         an owner that has as many leases as it may.
         """
-        count = len(keys) // KEY_BYTES
+        count = _count(keys)
         columns = [bytearray(8 * count) for _ in range(4)]
         places = self._ffi.new("polar_places *", [self._words(column) for column in columns])
         number = self._node.polar_locate(
@@ -168,7 +169,7 @@ class Index:
         For whom a read is still to come. Nothing is kept if leases would then have more than MOST_HELD of the
         slab: requests that wait must not keep out those that write.
         """
-        count = len(keys) // KEY_BYTES
+        count = _count(keys)
         present = bytearray(count)
         number = self._node.polar_hold(
             self.native, owner, self._of(keys), count, _lease_ns(lease_s), self._clock_ns(), self._of(present)
@@ -189,18 +190,20 @@ class Index:
 
     def report_corrupt(self, keys: bytes, generations: bytes) -> None:
         """Drop blocks that are still of that generation (u64); a slot is reused once no lease is on it."""
-        count = len(keys) // KEY_BYTES
+        count = _count(keys)
+        if len(generations) != 8 * count:
+            raise ValueError(f"{count} keys and {len(generations)} bytes of generations")
         self._node.polar_report_corrupt(self.native, self._of(keys), self._words(generations), count)
 
     def peek(self, keys: bytes) -> bytes:
         """One byte per key: 1 for a committed block. Neither touches nor leases."""
-        present = bytearray(len(keys) // KEY_BYTES)
+        present = bytearray(_count(keys))
         self._node.polar_peek(self.native, self._of(keys), len(present), self._of(present))
         return bytes(present)
 
     def describe(self, keys: bytes) -> Description:
         """What committed blocks continue and how long they are. Neither touches nor leases."""
-        count = len(keys) // KEY_BYTES
+        count = _count(keys)
         parents, lengths = bytearray(len(keys)), bytearray(8 * count)
         self._node.polar_describe(self.native, self._of(keys), count, self._of(parents), self._words(lengths))
         return Description(bytes(parents), bytes(lengths))
@@ -245,6 +248,14 @@ class Index:
 
     def _words(self, data: bytes | bytearray) -> FFI.CData:
         return self._ffi.from_buffer(_WORDS, data)
+
+
+def _count(keys: bytes, parents: bytes | None = None) -> int:
+    """How many keys there are; each has a parent, if there are any."""
+    count, rest = divmod(len(keys), KEY_BYTES)
+    if rest or count > MAX_KEYS or len(keys if parents is None else parents) != len(keys):
+        raise ValueError(f"{len(keys)} bytes are not up to {MAX_KEYS} keys, or have other parents")
+    return count
 
 
 def _lease_ns(lease_s: float) -> int:

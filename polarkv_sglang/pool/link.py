@@ -80,9 +80,10 @@ class Lane:
 
         Raises TransportError if its memory cannot be reached in time, NodeError if the node does not answer.
         """
-        threaded = control.can_stream and (self._by_processor or not self._reads)
-        if threaded:  # before it is ours: nobody else waits for the node's answer
-            control.start_streaming(deadline_s)
+        threaded = False
+        if control.can_stream and (self._by_processor or not self._reads):
+            # Before it is ours: nobody else waits for the node's answer.
+            threaded = control.start_streaming(deadline_s)
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None

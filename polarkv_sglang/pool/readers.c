@@ -52,13 +52,15 @@ static struct holding *begin_lease(polar_index *index, uint64_t owner, uint32_t 
                                    int64_t deadline_ns) {
     struct holding *lease;
     uint32_t at = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (row_of(index, index->found[i])->leases > UINT32_MAX - POLAR_MAX_KEYS) return NULL;
     if (!present || !charge(index, owner, LEASE_ROWS + present)) return NULL;
     lease = new_holding(&index->leases, owner, present);
     if (!lease) {
         refund(index, owner, LEASE_ROWS + present);
         return NULL;
     }
-    lease->deadline_ns = deadline_ns;
+    set_deadline(&index->leases, lease, deadline_ns);
     for (uint32_t i = 0; i < count; i++) {
         struct row *row = row_of(index, index->found[i]);
         if (!index->found[i]) continue;
@@ -123,7 +125,7 @@ int polar_renew(polar_index *index, uint64_t owner, uint64_t number, int64_t lea
     pthread_mutex_lock(&index->lock);
     lease = find_holding(&index->leases, owner, number);
     lasts = lease && lease->deadline_ns > now_ns;
-    if (lasts) lease->deadline_ns = lease_deadline(index, lease_ns, now_ns);
+    if (lasts) set_deadline(&index->leases, lease, lease_deadline(index, lease_ns, now_ns));
     pthread_mutex_unlock(&index->lock);
     return lasts;
 }
@@ -133,6 +135,17 @@ void polar_release(polar_index *index, uint64_t owner, uint64_t number) {
     pthread_mutex_lock(&index->lock);
     lease = find_holding(&index->leases, owner, number);
     if (lease) end_lease(index, lease);
+    pthread_mutex_unlock(&index->lock);
+}
+
+/* Ends the lease of blocks that were sent; with `sent_bytes` of 0 nothing was. */
+void end_pull(polar_index *index, uint64_t owner, uint64_t lease, uint64_t blocks, uint64_t sent_bytes) {
+    struct holding *holding;
+    pthread_mutex_lock(&index->lock);
+    holding = find_holding(&index->leases, owner, lease);
+    if (holding) end_lease(index, holding);
+    index->counted.sent_blocks += blocks;
+    index->counted.sent_bytes += sent_bytes;
     pthread_mutex_unlock(&index->lock);
 }
 

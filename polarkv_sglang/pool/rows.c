@@ -69,8 +69,9 @@ bool table_has_room(struct table *table, uint32_t more) {
     if (wanted - 1 > UINT32_MAX || !(bigger = calloc(wanted, sizeof(*bigger)))) return false;
     table->places = bigger;
     table->mask = (uint32_t)(wanted - 1);
-    for (uint64_t place = 0; place < places; place++)
-        if (old[place]) bigger[look_for(table, table->rows[old[place]].key)] = old[place];
+    for (uint32_t row = 1; row < table->used; row++)
+        if (table->rows[row].state != UNUSED && table->rows[row].state != DROPPED)
+            bigger[look_for(table, table->rows[row].key)] = row;
     free(old);
     return true;
 }

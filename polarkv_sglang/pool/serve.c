@@ -18,8 +18,6 @@ enum {
     REPLY_BYTES = 256, /* of a reply without its columns */
     PADDING_BYTES = 64,
     PAGE_BYTES = 4096,
-    MOST_PARTS = 64,
-    MOST_RUNS = 1 << 14,
     TRAILER_BYTES = sizeof(uint64_t) + 1, /* of each block that is written */
 };
 
@@ -196,14 +194,14 @@ static int answer_commit(polar_stream *stream, struct reader *reader) {
 /* ---- Requests that blocks go with. */
 
 /* The parts of each block that are asked for; how many, or 0 if they are none. */
-static uint32_t parts_of(struct bytes blob, uint64_t length, uint32_t keys, uint64_t parts[2 * MOST_PARTS]) {
+static uint32_t parts_of(struct bytes blob, uint64_t length, uint32_t keys, uint64_t parts[2 * POLAR_MAX_PULL_PARTS]) {
     uint32_t count = (uint32_t)(blob.length / 16);
     if (!blob.length) {
         parts[0] = 0;
         parts[1] = length;
         return 1;
     }
-    if (blob.length % 16 || blob.length > 16 * MOST_PARTS || keys * count > MOST_RUNS) return 0;
+    if (blob.length % 16 || blob.length > 16 * POLAR_MAX_PULL_PARTS || keys * count > POLAR_MAX_PULL_RUNS) return 0;
     memcpy(parts, blob.start, blob.length);
     for (uint32_t i = 0; i < count; i++)
         if (parts[2 * i] > length || !parts[2 * i + 1] || parts[2 * i + 1] > length - parts[2 * i]) return 0;
@@ -233,7 +231,7 @@ static uint64_t write_pulled(polar_stream *stream, uint64_t id, const polar_plac
 /* Blocks are leased until the socket has taken them. */
 static int answer_pull(polar_stream *stream, struct reader *reader) {
     polar_index *index = stream->index;
-    uint64_t id = read_number(reader), length, parts[2 * MOST_PARTS], part_bytes = 0, lease;
+    uint64_t id = read_number(reader), length, parts[2 * POLAR_MAX_PULL_PARTS], part_bytes = 0, lease;
     struct keys keys = read_keys(reader);
     struct bytes blob = {0};
     polar_places places = {column(stream, 0), column(stream, 1), column(stream, 2), column(stream, 3)};
@@ -261,14 +259,9 @@ static int answer_pull(polar_stream *stream, struct reader *reader) {
         .part_count = part_count,
         .timeout_ns = longest_ns / 10 * 9,
     });
-    polar_release(index, stream->owner, lease);
-    if (error) return error;
-    pthread_mutex_lock(&index->lock);
-    /* Of blocks that come in parts, with the last one. */
-    index->counted.sent_blocks += last ? count : 0;
-    index->counted.sent_bytes += count * part_bytes;
-    pthread_mutex_unlock(&index->lock);
-    return 0;
+    /* Blocks that come in parts are counted with the last one. */
+    end_pull(index, stream->owner, lease, last && !error ? count : 0, error ? 0 : count * part_bytes);
+    return error;
 }
 
 /* Has slots filled, and the reservation of those that have an address committed. What comes for the others is

@@ -47,6 +47,7 @@ from polarkv_sglang.transport.messages import (
     Role,
     StartStream,
     Statistics,
+    Streaming,
     View,
     Welcome,
 )
@@ -191,6 +192,8 @@ class Session(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once; what was not sent yet is dropped."""
+        if self._stream is not None:  # it has a descriptor of its own
+            self._stream.stop()
         self._transport.abort()
 
     @property
@@ -333,8 +336,8 @@ class Session(asyncio.BufferedProtocol):
                 self._stream_ended,
             )
         except (OSError, RuntimeError, MemoryError) as error:
-            _logger.warning("closed the connection of %s: it cannot stream (%s)", self.name, error)
-            self.abort()
+            _logger.warning("%s can have no thread of its own (%s)", self.name, error)
+            self._send(Streaming(request.request_id, False))
         else:
             self._read_or_pause()
 

@@ -130,7 +130,7 @@ class Stream:
     def _serve(self, request_id: int) -> BadFrame | None:
         """Runs in the thread until the connection ends; returns what the client did wrong, if it did."""
         try:
-            self._served.send(Streaming(request_id))
+            self._served.send(Streaming(request_id, True))
             while True:
                 request = decode_from_client(self._served.next_frame())
                 if isinstance(request, Replicate):

@@ -42,7 +42,8 @@ static bool evict(polar_index *index, uint64_t wanted_bytes, uint32_t *suggestio
 static uint32_t make_room(polar_index *index, uint64_t length, uint32_t count, uint64_t *addresses) {
     uint32_t got = allocate_slots(&index->slab, length, count, addresses), suggestions = MOST_SUGGESTIONS;
     if (got == count || !fits(&index->slab, length)) return got;
-    while (got < count) {
+    /* Where there is room and no slot there is no memory to count slots by. */
+    while (got < count && !has_room(&index->slab, length)) {
         /* Not more at a time: a segment that gets free may be all that was missing. */
         uint64_t wanted_bytes = (count - got) * slot_bytes_of(length);
         if (wanted_bytes > index->slab.segment_bytes) wanted_bytes = index->slab.segment_bytes;
@@ -53,11 +54,10 @@ static uint32_t make_room(polar_index *index, uint64_t length, uint32_t count, u
     return got;
 }
 
-/* Makes rows of those keys that are neither here nor being written, and says of the others what they are; NO_ROOM
- * of those that are named once more. How many. */
+/* Makes rows of those keys that are neither here nor being written, and says of the others what they are. How
+ * many. */
 static uint32_t add_new(polar_index *index, const uint8_t *keys, const uint8_t *parents, uint32_t count,
                         uint32_t *rows, uint8_t *states) {
-    uint64_t first = index->generation;
     uint32_t added = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t number = find_row(&index->table, key_at(keys, i));
@@ -65,7 +65,7 @@ static uint32_t add_new(polar_index *index, const uint8_t *keys, const uint8_t *
         if (row->state == COMMITTED) {
             states[i] = POLAR_PRESENT;
         } else if (row->state == RESERVED) {
-            states[i] = row->generation >= first ? POLAR_NO_ROOM : POLAR_BUSY;
+            states[i] = POLAR_BUSY;
         } else {
             states[i] = POLAR_RESERVED;
             if (!number) number = add_row(&index->table, key_at(keys, i), RESERVED);
@@ -85,7 +85,8 @@ static uint64_t reserve(polar_index *index, uint64_t owner, const uint8_t *keys,
                         uint32_t count, uint64_t length, bool fill, int64_t now_ns, uint64_t *addresses,
                         uint8_t *states) {
     struct holding *reservation;
-    uint32_t added, got, at = 0;
+    uint32_t added, got, at;
+    memset(addresses, 0, count * sizeof(*addresses));
     if (!has_room(&index->slab, length)) expire(index, now_ns);
     /* Before any eviction, which relies on later uses having later ticks. */
     find(index, keys, count);
@@ -95,7 +96,7 @@ static uint64_t reserve(polar_index *index, uint64_t owner, const uint8_t *keys,
         memset(states, POLAR_NO_ROOM, count);
         return 0;
     }
-    added = add_new(index, keys, parents, count, reservation->rows, states);
+    added = at = add_new(index, keys, parents, count, reservation->rows, states);
     got = make_room(index, length, added, addresses);
     for (uint32_t i = 0; i < got; i++) {
         row_of(index, reservation->rows[i])->address = addresses[i];
@@ -103,25 +104,21 @@ static uint64_t reserve(polar_index *index, uint64_t owner, const uint8_t *keys,
     }
     for (uint32_t i = added; i-- > got;) abort_row(index, reservation->rows[i]);
     /* Addresses move from where they were put, at the front, to their keys' places. */
-    for (uint32_t i = 0; i < count; i++) at += states[i] == POLAR_RESERVED;
     for (uint32_t i = count; i--;) {
-        if (states[i] == POLAR_RESERVED) {
-            addresses[i] = --at < got ? addresses[at] : 0;
-            if (!addresses[i]) states[i] = POLAR_NO_ROOM;
-        } else {
-            addresses[i] = 0;
-            /* One that is named once more, and was reserved. */
-            if (states[i] == POLAR_NO_ROOM && find_row(&index->table, key_at(keys, i)) &&
-                row_of(index, find_row(&index->table, key_at(keys, i)))->state == RESERVED)
-                states[i] = POLAR_BUSY;
-        }
+        uint64_t address = 0;
+        if (states[i] == POLAR_RESERVED && --at < got) address = addresses[at];
+        addresses[i] = address;
+        /* One that is busy may have been so with an earlier place in this very call. */
+        if ((states[i] == POLAR_RESERVED && !address) ||
+            (states[i] == POLAR_BUSY && row_of(index, find_row(&index->table, key_at(keys, i)))->state != RESERVED))
+            states[i] = POLAR_NO_ROOM;
     }
     if (!got) {
         end_holding(&index->reservations, reservation);
         return 0;
     }
     reservation->count = got;
-    reservation->deadline_ns = now_ns + index->settings.reservation_ns;
+    set_deadline(&index->reservations, reservation, now_ns + index->settings.reservation_ns);
     reservation->flag = fill;
     return reservation->number;
 }

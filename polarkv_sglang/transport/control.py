@@ -204,9 +204,12 @@ class ControlConnection:
         """Whether blocks can go through this connection: not over TLS, which would have to encrypt them."""
         return self._quick is not None
 
-    def start_streaming(self, deadline_s: float) -> None:
-        """Be served by a thread of the node's from now on; see ``StartStream``. Raises as ``request``."""
-        self.request(StartStream(self.next_id()), deadline_s)
+    def start_streaming(self, deadline_s: float) -> bool:
+        """Be served by a thread of the node's from now on, see ``StartStream``; False if it has none for us.
+
+        Raises as ``request``.
+        """
+        return self.request(StartStream(self.next_id()), deadline_s).threaded
 
     def give_up(self, reason: str) -> NodeError:
         """Close the connection after an exchange that failed on it; the error to report.

@@ -15,7 +15,7 @@ from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.transport.columns import seal, unpack_u64
 from polarkv_sglang.transport.shared import SharedHandle
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
 MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
@@ -287,9 +287,10 @@ class StartStream(Message, frozen=True, tag="start_stream"):
 
 
 class Streaming(Message, frozen=True, tag="streaming"):
-    """Requests may be sent, and blocks."""
+    """Requests may be sent, and blocks if there is a thread: else the connection goes on as before."""
 
     request_id: Count
+    threaded: bool
 
 
 class Pull(Message, frozen=True, tag="pull"):

@@ -14,6 +14,7 @@ import pytest
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.answers import answer
 from polarkv_sglang.pool.index import Index
+from polarkv_sglang.pool.native import load_native
 from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
 from polarkv_sglang.pool.stream import Served
@@ -21,9 +22,12 @@ from polarkv_sglang.transport.columns import pack_u64
 from polarkv_sglang.transport.framing import BadFrame, decode_from_client, decode_from_node, encode_frame
 from polarkv_sglang.transport.messages import (
     MAX_KEYS,
+    MAX_PULL_PARTS,
+    MAX_PULL_RUNS,
     Commit,
     Fill,
     Hold,
+    KeyState,
     Locate,
     Located,
     Message,
@@ -215,7 +219,7 @@ def test_what_is_wrong_with_a_request_is_left_for_python_to_say(items: object):
 def test_fill_of_nothing_is_left_for_python():
     with served(new_index()) as client:
         client.send(bytes(encode_frame(Fill(1, 99))))
-        with pytest.raises(BadFrame, match="Fill out of place"):
+        with pytest.raises(BadFrame, match="a reservation that is over"):
             answer(new_index(), Notes(0), OWNER, decode_from_client(client.left_over()))
 
 
@@ -239,3 +243,21 @@ def test_requests_that_are_cut_or_changed_do_no_harm():
             with contextlib.suppress(OSError):
                 client.send(bytes(encode_frame(Peek(99, b""))))
     index.check_integrity()
+
+
+def test_limits_are_those_of_the_messages():
+    node = load_native().node
+    assert node.POLAR_MAX_KEYS == MAX_KEYS
+    assert node.POLAR_MAX_PULL_PARTS == MAX_PULL_PARTS
+    assert node.POLAR_MAX_PULL_RUNS == MAX_PULL_RUNS
+    states = KeyState.RESERVED, KeyState.PRESENT, KeyState.NO_ROOM, KeyState.BUSY
+    assert states == (node.POLAR_RESERVED, node.POLAR_PRESENT, node.POLAR_NO_ROOM, node.POLAR_BUSY)
+
+
+def test_more_keys_than_there_may_be_are_refused_where_python_calls():
+    index, keys = new_index(), bytes(16 * (MAX_KEYS + 1))
+    for call in (index.peek, index.describe, lambda keys: index.locate(1, keys, 1.0)):
+        with pytest.raises(ValueError, match="are not up to 8192 keys"):
+            call(keys)
+    with pytest.raises(ValueError, match="other parents"):
+        index.reserve(1, bytes(32), bytes(16), 4096)
