@@ -13,6 +13,7 @@ from polarkv_sglang.bench.ucx_tools import RDMA_TRANSPORTS, offers
 from polarkv_sglang.config import format_bytes
 from polarkv_sglang.doctor.findings import Facts, Finding, from_error, one_line, without_library
 from polarkv_sglang.errors import TransportError
+from polarkv_sglang.pool.native import load_native
 from polarkv_sglang.transport import Context
 from polarkv_sglang.transport.library import find_helper, probe_system
 
@@ -51,13 +52,14 @@ def check_libucp(facts: Facts) -> Iterator[Finding]:
 
 
 def check_helper(facts: Facts) -> Iterator[Finding]:
-    try:
-        path, _ = find_helper()
-    except TransportError as error:
-        mend = "install a C compiler and then the package again: pip install --force-reinstall --no-deps ."
-        yield from_error("batch helper", error, mend)
-    else:
-        yield Finding("batch helper", "ok", f"compiled: {path}")
+    mend = "install a C compiler and then the package again: pip install --force-reinstall --no-deps ."
+    for name, find in ("batch helper", find_helper), ("node helper", load_native):
+        try:
+            path = find()[0]
+        except TransportError as error:
+            yield from_error(name, error, mend)
+        else:
+            yield Finding(name, "ok", f"compiled: {path}")
 
 
 def check_transports(facts: Facts) -> Iterator[Finding]:

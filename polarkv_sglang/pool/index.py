@@ -98,7 +98,7 @@ class Index:
     ) -> None:
         """``eviction_batch``: how many leaves are put in order at a time. Raises ConfigError if the slab has
         more blocks than an index can tell apart, or there is no memory for it."""
-        self._ffi, self._node = load_native()
+        _, self._node, self._ffi = load_native()
         self._segment_bytes = slab.segment_bytes
         self._clock_ns = clock_ns
         self._warned_too_long = False

@@ -14,8 +14,9 @@ _HELPER = "polarkv_sglang.pool._node"
 
 
 class Native(NamedTuple):
-    ffi: FFI
+    path: str  # of the file that has them
     node: FFI.CData  # the functions
+    ffi: FFI
 
 
 @functools.cache
@@ -23,4 +24,4 @@ def load_native() -> Native:
     """Raises TransportError as ``open_helper``."""
     ffi = FFI()
     ffi.cdef(Path(__file__).with_name("abi.h").read_text())
-    return Native(ffi, open_helper(ffi, _HELPER)[1])
+    return Native(*open_helper(ffi, _HELPER), ffi)

@@ -52,7 +52,7 @@ class Served:
 
     def __init__(self, index: Index, owner: int, fd: int) -> None:
         """``owner``: of leases and reservations, see ``Index``."""
-        self._ffi, self._node = load_native()
+        _, self._node, self._ffi = load_native()
         self._index = index  # has to outlive it
         stream = self._node.polar_stream_new(index.native, owner, fd, MAX_FRAME_BYTES)
         if stream == self._ffi.NULL:

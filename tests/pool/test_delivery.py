@@ -49,7 +49,7 @@ class Delivery:
     def _run(
         self, function: str, addresses: list[int], parts: bytes, timeout_s: float, **ends: object
     ) -> None:
-        ffi, node = load_native()
+        _, node, ffi = load_native()
         words = [ffi.from_buffer("uint64_t[]", blob) for blob in (pack_u64(addresses), parts)]
         delivery = {"fd": self._fd, "timeout_ns": int(timeout_s * 1e9)} | ends
         delivery |= {"blocks": words[0], "block_count": len(addresses)}
