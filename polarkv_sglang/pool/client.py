@@ -186,8 +186,8 @@ class PoolClient:
         """
         lock = self._get_lane.lock
         in_time = lock.acquire(True, self.deadline_s)  # as ``_turn``, in fewer steps
-        started = time.monotonic()  # waiting for others says nothing about the pool
         try:
+            started = time.monotonic()  # waiting for others says nothing about the pool
             done = self._reader.read(chain, pieces, stages) if in_time else bytes(len(chain))
         finally:
             if in_time:
@@ -209,7 +209,7 @@ class PoolClient:
         """
         lock = self._put_lane.lock
         started = time.monotonic()
-        if not lock.acquire(True, self.deadline_s):
+        if not lock.acquire(True, self.deadline_s):  # as ``_turn``, in fewer steps
             return np.zeros(len(chain), bool)
         try:
             outcomes = self._writer.write(chain, pieces, checksums)

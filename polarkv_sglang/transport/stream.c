@@ -2,7 +2,8 @@
  *
  * Where a network offers nothing but TCP this is quicker than UCX's one-sided operations, which it emulates by
  * messages: one exchange moves a whole batch, bytes are hashed while they are in a cache, and once a socket is
- * closed nothing writes to local memory any more. One call without the GIL, like a batch over UCX. */
+ * closed nothing writes to local memory any more. So it is for few blocks anywhere on one host. One call without
+ * the GIL, like a batch over UCX. */
 
 #define _GNU_SOURCE /* splice, and sendmsg's and recvmsg's flags */
 

@@ -1,4 +1,4 @@
-"""Blocks through control connections: a batch in one exchange, for peers that only TCP leads to."""
+"""Blocks through control connections: a batch in one exchange, where nothing is quicker."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Answer(msgspec.Struct, frozen=True):
     """What became of a call."""
 
     reply: Pulled | Stored | Committed
-    # One byte per block that moved, of a read only the leading ones: 1 if its checksum is that of the reply,
-    # or of a write that expected. Empty without ``digest``.
+    # One byte per block that moved, of a read only the leading ones: 1 if its checksum is that of the reply;
+    # of a write, if it is the expected one, or none was. Empty without ``digest``.
     right: bytes
 
 
