@@ -22,8 +22,8 @@ from tests.support import RunningNode, running_node
 
 TLS_VARIABLES = ("POLARKV_TLS_CERT", "POLARKV_TLS_KEY", "POLARKV_TLS_CA")
 EVERYWHERE = {
-    "python", "packages", "configuration", "sglang", "plugin", "batch helper", "node helper", "libucp", "transports", "rdma",
-    "locked memory", "memory", "huge pages", "open files", "same host", "tls",
+    "python", "packages", "configuration", "sglang", "plugin", "batch helper", "node helper", "libucp",
+    "transports", "rdma", "locked memory", "memory", "huge pages", "open files", "same host", "tls",
 }  # fmt: skip
 
 
