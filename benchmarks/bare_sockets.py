@@ -22,6 +22,7 @@ from benchmarks.blocks import Blocks
 
 _PIECE_BYTES = 256 << 10  # of one receive of the client
 _PEER_PIECE_BYTES = 1 << 20
+_SEND_BUFFER_BYTES = 256 << 10  # as a memory node's to its own host
 # Put, offset, length. What goes out behind fewer bytes is copied at half speed; see ``encode_before``.
 _REQUEST = struct.Struct("<BQQ47x")
 _PREAMBLE = bytes(64)
@@ -80,6 +81,8 @@ class _Peer(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment] # uvloop's only behave like asyncio's
+        peer: socket.socket = transport.get_extra_info("socket")
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
     def get_buffer(self, size_hint: int) -> memoryview:
         if self._left:

