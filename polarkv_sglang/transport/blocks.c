@@ -20,6 +20,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "digests are hashed as
 enum {
     CHUNK = 4096,
     VECTOR = 16,              /* bytes of one streaming store */
+    CACHE_LINE = 64,
     FAULT_AROUND = 64 * 1024, /* that Linux maps at a read fault */
 };
 
@@ -92,12 +93,18 @@ void digest(const struct block *block, uint64_t from, uint64_t to) {
     }
 }
 
+/* Has memory bring what comes next while a chunk is hashed: the processor by itself stops at the end of a page. */
+static void fetch(const uint8_t *start, uint64_t length) {
+    for (uint64_t line = 0; line < length; line += CACHE_LINE) __builtin_prefetch(start + line);
+}
+
 /* The peer may change shared memory at any time: what is hashed and what is handed on is one private copy. */
 void read_shared(const struct block *block, const uint8_t *shared, uint64_t from, uint64_t to) {
     uint8_t buffer[CHUNK] __attribute__((aligned(64)));
     for (; from < to; from += CHUNK) {
         uint64_t length = least(CHUNK, to - from);
         const uint8_t *chunk = shared + from;
+        fetch(chunk + length, least(CHUNK, to - from - length));
         if (block->hash) {
             chunk = memcpy(buffer, chunk, length);
             block->digests[from / CHUNK] = block->hash(chunk, length);
@@ -121,6 +128,7 @@ void write_shared(const struct block *block, uint8_t *shared, uint64_t from, uin
     for (; from < to; from += CHUNK) {
         uint64_t length = least(CHUNK, to - from);
         const uint8_t *chunk = chunk_at(block, from, length, buffer);
+        fetch(chunk + length, least(CHUNK, to - from - length));
         if (from == 0 || (uintptr_t)(shared + from) % FAULT_AROUND < CHUNK) map_around(shared + from);
         if (block->hash) block->digests[from / CHUNK] = block->hash(chunk, length);
         stream(shared + from, chunk, length);
