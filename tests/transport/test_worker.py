@@ -34,7 +34,7 @@ MIB = 1 << 20
 SLACK_S = 1.0  # a busy two-core machine, not UCX
 
 UNTIDY = """
-from conftest import MIB, Client, Direction, Peer
+from tests.transport.conftest import MIB, Client, Direction, Peer
 
 peer, client = Peer(MIB, "tcp"), Client(MIB, "tcp")
 key = client.connect(peer)
@@ -381,7 +381,7 @@ def test_an_idle_node_sleeps_and_stops_at_once(start_peer, make_client, tls):
 def test_a_process_may_end_without_closing_anything():
     """Its peer ends with it: UCX's own thread hears of that while the interpreter unloads what it can."""
     command = [sys.executable, "-c", UNTIDY]
-    here = Path(__file__).parent
+    here = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, text=True, timeout=50, check=False)
     assert (done.returncode, done.stdout) == (0, "[0]\n")
 
