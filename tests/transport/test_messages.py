@@ -57,7 +57,7 @@ FROM_NODE = [
     m.Reserved(1, 2, U64, b"\0\1\2"),
     m.Committed(2, 3),
     m.Located(3, 4, U64, U64, U64, U64),
-    m.Streaming(9),
+    m.Streaming(9, True),
     m.Peeked(5, b"\1\0\1"),
     m.Held(5, 4, b"\1\0\1"),
     m.Renewed(6, True),
