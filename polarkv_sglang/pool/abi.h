@@ -1,7 +1,7 @@
 /* Declarations that the memory node's C files and, through cffi, native.py share: one text, so that both agree
  * on layouts. No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h>. */
 
-enum { POLAR_ABI = 1 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 2 }; /* of this file: raised with its every change */
 
 /* As in transport/messages.py. */
 enum { POLAR_MAX_KEYS = 8192, POLAR_MAX_PULL_PARTS = 64, POLAR_MAX_PULL_RUNS = 1 << 14 };
@@ -78,7 +78,6 @@ typedef struct {
     uint64_t frame_capacity;
     uint64_t *columns; /* room for the numbers of a request */
     uint8_t *reply;
-    uint64_t reply_capacity;
 } polar_stream;
 
 int polar_abi(void); /* POLAR_ABI of the file that the helper was built of */

@@ -12,13 +12,13 @@
 #include "wire.h"
 
 enum {
-    FOR_OTHERS = -1,   /* what an answer is that is not given here; else 0, or an errno */
-    COLUMNS = 5,       /* of POLAR_MAX_KEYS numbers */
+    FOR_OTHERS = -1,        /* what an answer is that is not given here; else 0, or an errno */
+    COLUMNS = 4,            /* of POLAR_MAX_KEYS numbers: what a request needs at most, and a reply */
     FIRST_FRAME = 64 << 10, /* bytes: the keys of a large batch fit */
-    REPLY_BYTES = 256, /* of a reply without its columns */
+    REPLY_BYTES = 256,      /* of a reply without its columns */
     PADDING_BYTES = 64,
     PAGE_BYTES = 4096,
-    TRAILER_BYTES = sizeof(uint64_t) + 1, /* of each block that is written */
+    TRAILER_BYTES = sizeof(uint64_t) + 1, /* of each block that is written: less than two columns have */
 };
 
 #define MOST_BLOCK_BYTES (UINT64_C(1) << 40)
@@ -40,9 +40,8 @@ polar_stream *polar_stream_new(polar_index *index, uint64_t owner, int fd, uint6
         .frame = malloc(FIRST_FRAME),
         .frame_capacity = FIRST_FRAME,
         .columns = malloc(COLUMNS * POLAR_MAX_KEYS * sizeof(*stream->columns)),
-        .reply_capacity = REPLY_BYTES + PADDING_BYTES + COLUMNS * POLAR_MAX_KEYS * sizeof(uint64_t),
+        .reply = malloc(REPLY_BYTES + PADDING_BYTES + COLUMNS * POLAR_MAX_KEYS * sizeof(uint64_t)),
     };
-    stream->reply = malloc(stream->reply_capacity);
     if (stream->frame && stream->columns && stream->reply) return stream;
     polar_stream_free(stream);
     return NULL;

@@ -3,6 +3,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import psutil
+
 import polarkv_sglang
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.tls import client_context
@@ -60,6 +62,11 @@ def test_ready_line_tells_where_and_how_much_and_which_ucx():
         assert ", pages: " in node.ready_line
         assert node.metrics_url is not None
         assert node.stop() == 0
+
+
+def test_node_may_have_as_many_descriptors_as_the_system_allows():
+    with running_node(launcher=["prlimit", "--nofile=256:4096", "--"]) as node:
+        assert psutil.Process(node.pid).rlimit(psutil.RLIMIT_NOFILE) == (4096, 4096)
 
 
 def test_ipv6_address_can_be_listened_on():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -47,8 +49,8 @@ SEGMENT_BYTES = 16 * PAGE_BYTES
 KEYS = [number.to_bytes(16, "big") for number in range(1, 200)]
 
 
-def new_index() -> Index:
-    return Index(Slab(1 << 40, 4 * SEGMENT_BYTES, SEGMENT_BYTES))
+def new_index(blocks: int = 64) -> Index:
+    return Index(Slab(1 << 40, blocks * PAGE_BYTES, SEGMENT_BYTES))
 
 
 class Client:
@@ -243,6 +245,43 @@ def test_requests_that_are_cut_or_changed_do_no_harm():
             with contextlib.suppress(OSError):
                 client.send(bytes(encode_frame(Peek(99, b""))))
     index.check_integrity()
+
+
+# An index that has no memory to find more keys by, and addresses that an earlier request has left.
+_NO_MEMORY = """
+import resource
+from tests.pool.test_serve import new_index, numbered
+from polarkv_sglang.pool.native import load_native
+
+_, node, ffi = load_native()
+blocks, count = 1 << 18, 4096
+index = new_index(blocks)
+for first in range(1, blocks, count):
+    addresses, states = ffi.new("uint64_t[]", [7] * count), ffi.new("uint8_t[]", count)
+    keys, parents = numbered(first, count), bytes(16 * count)
+    request = index.native, 1, keys, parents, count, 4096, 0, 0, addresses, states
+    resource.setrlimit(resource.RLIMIT_AS, (4096, -1))
+    number = node.polar_reserve(*request)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    if not number:
+        break
+assert not number, "there was memory for all"
+assert not any(addresses), "addresses of others are told"
+assert set(states) == {node.POLAR_NO_ROOM}
+assert node.polar_reserve(*request) and all(addresses)
+print("refused from", first)
+"""
+
+
+def numbered(first: int, count: int) -> bytes:
+    return b"".join(number.to_bytes(16, "big") for number in range(first, first + count))
+
+
+def test_request_that_there_is_no_memory_for_is_given_no_address():
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_MEMORY], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith("refused from"), done.stderr
 
 
 def test_limits_are_those_of_the_messages():
