@@ -28,7 +28,6 @@ enum {
 
 enum {
     ISSUE_BURST = 64,        /* operations issued on one route before the others and the clock get a turn */
-    COPY_BURST = 256 * 1024, /* bytes copied before the same; a multiple of a checksum's chunk */
     PROGRESS_BURST = 16,     /* progress calls between two looks at the clock */
     SPINS = 64,              /* fruitless rounds before sleeping: spinning starves a TCP peer on this host */
     SLEEP_MS = 10,           /* longest sleep: an event that UCX does not signal costs no more than this */
@@ -223,40 +222,20 @@ static bool progress_some(const polar_worker *worker) {
     return any;
 }
 
-/* Copies a burst between local memory and what peers share. */
-static void copy_some(struct transfer *transfer) {
-    const polar_batch *batch = transfer->batch;
-    uint64_t copied = 0;
-    while (copied < COPY_BURST && transfer->copying < batch->block_count) {
-        uint32_t index = transfer->copying;
-        const polar_route *route = &batch->routes[batch->route[index]];
-        uint8_t *shared = (uint8_t *)(uintptr_t)(route->mapping + (batch->remote[index] - route->remote));
-        struct block block = block_at(transfer, index);
-        uint64_t from = transfer->seen[index], to = from + least(COPY_BURST, block.length - from);
-        if (batch->put)
-            write_shared(&block, shared, from, to);
-        else
-            read_shared(&block, shared, from, to);
-        transfer->seen[index] = to;
-        copied += to - from;
-        if (to == block.length) transfer->copying = transfer->next_block[index];
-    }
-}
-
 /* Progresses until every lane is finished and every block copied; false at the deadline. */
 static bool run_until(struct transfer *transfer, int64_t deadline_ns) {
     const polar_worker *worker = transfer->worker;
     const polar_batch *batch = transfer->batch;
     int idle = 0;
     for (;;) {
-        enum lane_state busiest = transfer->copying < batch->block_count ? READY : FINISHED;
+        enum lane_state busiest = copies_left(&transfer->copies) ? READY : FINISHED;
         for (uint32_t i = 0; i < batch->route_count; i++) {
             enum lane_state state = advance(&transfer->lanes[i]);
             if (state > busiest) busiest = state;
         }
         if (busiest == FINISHED) return true;
         if (now_ns() >= deadline_ns) return false;
-        copy_some(transfer);
+        copy_burst(&transfer->copies);
         if (progress_some(worker) || busiest == READY) {
             idle = 0;
         } else if (++idle > SPINS) {
@@ -268,7 +247,7 @@ static bool run_until(struct transfer *transfer, int64_t deadline_ns) {
 
 /* Gives up what is pending, and the endpoints that hold it. */
 static void expire(struct transfer *transfer) {
-    transfer->copying = transfer->batch->block_count;
+    stop_copies(&transfer->copies);
     for (uint32_t i = 0; i < transfer->batch->route_count; i++) {
         struct lane *lane = &transfer->lanes[i];
         fail_unissued(lane, UCS_ERR_TIMED_OUT);
@@ -329,17 +308,22 @@ int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_sta
                    uint64_t *checksums, polar_outcome *outcome) {
     int64_t deadline_ns = now_ns() + batch->timeout_ns;
     struct transfer *transfer;
+    bool drained;
     int result = plan(worker, batch, &transfer, outcome);
     if (result != POLAR_DONE) return result;
-    if (!run_until(transfer, deadline_ns)) {
+    transfer->copies.deadline_ns = deadline_ns;
+    begin_copies(&transfer->copies);
+    drained = run_until(transfer, deadline_ns);
+    if (!drained) {
         expire(transfer);
-        if (!run_until(transfer, now_ns() + batch->drain_ns)) {
-            /* UCX still refers to the plan: it is given up together with the worker. */
-            transfer->abandoned = true;
-            return POLAR_UNDRAINED;
-        }
+        drained = run_until(transfer, now_ns() + batch->drain_ns);
     }
-    finish_copies();
+    finish_copies(&transfer->copies);
+    if (!drained) {
+        /* UCX still refers to the plan: it is given up together with the worker. */
+        transfer->abandoned = true;
+        return POLAR_UNDRAINED;
+    }
     report(transfer, statuses, checksums, outcome);
     discard(transfer);
     return POLAR_DONE;

@@ -57,7 +57,7 @@ static void stream(uint8_t *to, const uint8_t *from, size_t length) {
     memcpy(to, from, length);
 }
 
-void finish_copies(void) {
+void drain_stores(void) {
 #ifdef __SSE2__
     _mm_sfence();
 #else

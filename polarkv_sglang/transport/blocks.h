@@ -27,8 +27,8 @@ void digest(const struct block *block, uint64_t from, uint64_t to);
 void read_shared(const struct block *block, const uint8_t *shared, uint64_t from, uint64_t to);
 void write_shared(const struct block *block, uint8_t *shared, uint64_t from, uint64_t to);
 
-/* After the last copy: no later store, and so no later message, overtakes what was copied. */
-void finish_copies(void);
+/* After a thread's last copy: no later store of it, and so no later message, overtakes what was copied. */
+void drain_stores(void);
 
 #pragma GCC visibility pop
 

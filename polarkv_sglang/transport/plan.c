@@ -48,6 +48,8 @@ void discard(struct transfer *transfer) {
     free(transfer->next_block);
     free(transfer->seen);
     free(transfer->digests);
+    free(transfer->copies.shared);
+    free(transfer->copies.listed);
     free(transfer);
 }
 
@@ -62,15 +64,25 @@ static struct transfer *allocate(const polar_worker *worker, const polar_batch *
     transfer->worker = worker;
     transfer->batch = batch;
     transfer->block_bytes = block_bytes;
-    transfer->copying = batch->block_count;
     transfer->lanes = calloc(batch->route_count + 1, sizeof(*transfer->lanes));
     transfer->operations = malloc((ranges + 1) * sizeof(*transfer->operations));
     transfer->entries = malloc((ranges + 1) * sizeof(*transfer->entries));
     transfer->next_block = malloc((batch->block_count + 1) * sizeof(*transfer->next_block));
     transfer->seen = calloc(batch->block_count + 1, sizeof(*transfer->seen));
     transfer->digests = malloc((chunks + 1) * sizeof(*transfer->digests));
+    transfer->copies = (struct copies){
+        .hash = batch->hash,
+        .put = batch->put,
+        .local = batch->local,
+        .pieces = batch->pieces,
+        .piece_bytes = batch->piece_bytes,
+        .digests = transfer->digests,
+        .shared = malloc((batch->block_count + 1) * sizeof(*transfer->copies.shared)),
+        .copied = transfer->seen,
+        .listed = malloc((batch->block_count + 1) * sizeof(*transfer->copies.listed)),
+    };
     if (transfer->lanes && transfer->operations && transfer->entries && transfer->next_block &&
-        transfer->seen && transfer->digests)
+        transfer->seen && transfer->digests && transfer->copies.shared && transfer->copies.listed)
         return transfer;
     discard(transfer);
     return NULL;
@@ -155,9 +167,15 @@ int plan(const polar_worker *worker, const polar_batch *batch, struct transfer *
     }
     for (uint32_t i = batch->block_count; i-- > 0;) { /* backwards: the lists then run forwards */
         struct lane *lane = &transfer->lanes[batch->route[i]];
-        uint32_t *first = lane->endpoint ? &lane->first_block : &transfer->copying;
-        transfer->next_block[i] = *first;
-        *first = i;
+        if (!lane->endpoint) continue;
+        transfer->next_block[i] = lane->first_block;
+        lane->first_block = i;
+    }
+    for (uint32_t i = 0; i < batch->block_count; i++) {
+        const polar_route *route = &batch->routes[batch->route[i]];
+        if (route->endpoint) continue;
+        transfer->copies.shared[i] = route->mapping + (batch->remote[i] - route->remote);
+        transfer->copies.listed[transfer->copies.count++] = i;
     }
     for (uint32_t i = 0; i < batch->route_count; i++) {
         struct lane *lane = &transfer->lanes[i];

@@ -3,11 +3,7 @@
 #ifndef POLAR_TRANSFER_H
 #define POLAR_TRANSFER_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include "blocks.h"
+#include "copies.h"
 
 enum {
     UCS_OK = 0,
@@ -53,10 +49,10 @@ struct transfer {
     size_t operation_count;
     ucp_dt_iov_t *entries;
     size_t entry_count;
-    uint32_t *next_block; /* [block_count] the next one on its lane, or to be copied; block_count: none */
-    uint64_t *seen;       /* [block_count] so many bytes from its start are digested or copied */
+    uint32_t *next_block; /* [block_count] the next one on its lane; block_count: none */
+    uint64_t *seen;       /* [block_count] so many bytes are digested, from its start on, or copied */
     uint64_t *digests;    /* [block_count][chunks of a block] */
-    uint32_t copying;     /* first block on a mapped route that is not copied yet; block_count: none */
+    struct copies copies; /* of the blocks on mapped routes */
 };
 
 #pragma GCC visibility push(hidden)
@@ -69,14 +65,7 @@ void discard(struct transfer *transfer);
 #pragma GCC visibility pop
 
 static inline struct block block_at(const struct transfer *transfer, uint32_t index) {
-    const polar_batch *batch = transfer->batch;
-    return (struct block){
-        .hash = batch->hash,
-        .pieces = &batch->local[(size_t)index * batch->pieces],
-        .piece_bytes = batch->piece_bytes,
-        .length = transfer->block_bytes,
-        .digests = &transfer->digests[index * chunk_count(transfer->block_bytes)],
-    };
+    return copied_block(&transfer->copies, index);
 }
 
 #endif

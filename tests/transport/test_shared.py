@@ -172,6 +172,7 @@ def test_a_killed_peers_memory_can_still_be_read(start_peer, make_client):
 def test_a_long_copy_ends_at_the_deadline(start_peer, make_client, direction):
     peer, client = start_peer(16 * MIB, None), make_client(16 * MIB, None)
     blocks = client.blocks(16384, MIB, peer)  # 16 GiB
+    threads = len(os.listdir("/proc/self/task"))
 
     started_s = time.monotonic()
     done = client.transfer(direction, blocks, [client.attach(peer)], deadline_s=0.1)
@@ -185,6 +186,37 @@ def test_a_long_copy_ends_at_the_deadline(start_peer, make_client, direction):
     first = client.buffer[:MIB].tobytes()
     assert done.checksums[0] == checksum(first)
     assert client.worker.statistics().failed_blocks == 16384 - copied
+    assert len(os.listdir("/proc/self/task")) == threads
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("size", [MIB + 4096 + 24, 24 * MIB])
+def test_what_two_threads_copy_is_right(memfd, make_client, direction, size):
+    count = 24 * MIB // size
+    length = size * count
+    fd = memfd(length)
+    theirs = np.frombuffer(mmap.mmap(fd, length), np.uint8)
+    mapped = attach(share(fd, length), theirs.ctypes.data)
+    client = make_client(length, None)
+    there, here = theirs[:length], client.buffer[:length]
+    there[:], here[:] = np.random.default_rng(1).integers(0, 256, (2, length), np.uint8)
+    offsets = np.arange(count, dtype=np.uint64) * np.uint64(size)
+
+    done = client.worker.transfer(
+        direction,
+        [mapped],
+        np.zeros(count, np.uint32),
+        offsets + np.uint64(mapped.remote),
+        (offsets + np.uint64(client.memory.address))[:, None],
+        size,
+        [client.memory],
+        deadline_s=10,
+    )
+
+    assert not done.status.any()
+    assert np.array_equal(there, here)
+    assert done.checksums.tolist() == [checksum(block.tobytes()) for block in here.reshape(count, size)]
+    mapped.close()
 
 
 def test_a_frozen_node_does_not_keep_mapped_blocks_from_arriving(start_peer, make_client):
