@@ -1,7 +1,7 @@
 /* Declarations that the memory node's C files and, through cffi, native.py share: one text, so that both agree
  * on layouts. No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h>. */
 
-enum { POLAR_ABI = 2 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 3 }; /* of this file: raised with its every change */
 
 /* As in transport/messages.py. */
 enum { POLAR_MAX_KEYS = 8192, POLAR_MAX_PULL_PARTS = 64, POLAR_MAX_PULL_RUNS = 1 << 14 };
@@ -20,6 +20,8 @@ typedef struct {
     uint64_t most_leased_rows; /* that the leases of one owner have in all; a lease counts as some */
     uint64_t most_held_bytes;  /* that leases may keep when a request that only waits asks for one more */
     uint32_t eviction_batch;   /* leaves that are put in order at a time */
+    uint64_t directory;        /* address; see transport/directory.h */
+    uint64_t directory_entries; /* a multiple of 4; 0: there is none */
 } polar_index_settings;
 
 typedef struct {
@@ -98,6 +100,7 @@ uint64_t polar_locate(polar_index *index, uint64_t owner, const uint8_t *keys, u
                       int counted, int64_t now_ns, const polar_places *places);
 uint64_t polar_hold(polar_index *index, uint64_t owner, const uint8_t *keys, uint32_t count, int64_t lease_ns,
                     int64_t now_ns, uint8_t *present);
+void polar_use(polar_index *index, const uint8_t *keys, uint32_t count);
 int polar_renew(polar_index *index, uint64_t owner, uint64_t number, int64_t lease_ns, int64_t now_ns);
 void polar_release(polar_index *index, uint64_t owner, uint64_t number);
 void polar_end_holds(polar_index *index, uint64_t owner);

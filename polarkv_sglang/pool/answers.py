@@ -26,6 +26,7 @@ from polarkv_sglang.transport.messages import (
     ReportCorrupt,
     Reserve,
     Reserved,
+    Used,
     WriteNotes,
 )
 
@@ -44,6 +45,8 @@ def answer(index: Index, notes: Notes, owner: int, request: FromClient) -> Messa
             return Renewed(request.request_id, index.renew(owner, request.lease, request.lease_s))
         case Release():
             index.release(owner, request.lease)
+        case Used():
+            index.use(request.keys)
         case Peek():
             return Peeked(request.request_id, index.peek(request.keys))
         case Reserve():

@@ -89,6 +89,7 @@ static const char *check(const polar_index *index, uint32_t *counts) {
     if (!wrong) wrong = check_reservations(index, counts + index->table.used);
     if (!wrong) wrong = check_leases(index, counts + 2 * (size_t)index->table.used);
     if (!wrong) wrong = check_eviction(&index->eviction, &index->table);
+    if (!wrong) wrong = check_directory(index);
     return wrong ? wrong : check_slab(&index->slab, &index->table);
 }
 

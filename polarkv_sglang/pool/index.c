@@ -70,6 +70,7 @@ static void leave(polar_index *index, struct key parent) {
 /* Lets nobody find a block any more. What continues it has a row of its own then that stands for it. */
 void unlink_row(polar_index *index, uint32_t row) {
     struct row *block = row_of(index, row);
+    if (block->state == COMMITTED) withdraw(index, block);
     if (block->children) {
         uint32_t absent = new_row(&index->table);
         *row_of(index, absent) = (struct row){

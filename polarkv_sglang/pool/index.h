@@ -156,6 +156,12 @@ struct owner {
 
 enum { OWNER_BUCKETS = 4096 };
 
+/* ---- Directory: what readers on this host find by themselves. */
+
+void publish(polar_index *index, const struct row *row);  /* it is committed */
+void withdraw(polar_index *index, const struct row *row); /* it will not be any more */
+const char *check_directory(const polar_index *index);
+
 /* ---- */
 
 struct polar_index {

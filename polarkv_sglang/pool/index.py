@@ -13,7 +13,9 @@ from cffi import FFI
 from polarkv_sglang.errors import ConfigError, PolarError
 from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.pool.native import load_native
+from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import Slab
+from polarkv_sglang.transport.directory import ENTRY_BYTES as DIRECTORY_ENTRY_BYTES
 from polarkv_sglang.transport.messages import MAX_KEYS, MAX_LEASE_S
 
 RESERVATION_S = 30.0
@@ -92,11 +94,13 @@ class Index:
         self,
         slab: Slab,
         *,
+        directory: SharedMemory | None = None,
         most_leased_rows: int = MOST_LEASED_ROWS,
         eviction_batch: int = EVICTION_BATCH,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """``eviction_batch``: how many leaves are put in order at a time. Raises ConfigError if the slab has
+        """``directory``: where readers on this host find committed blocks; blank, and lives as long as this.
+        ``eviction_batch``: how many leaves are put in order at a time. Raises ConfigError if the slab has
         more blocks than an index can tell apart, or there is no memory for it."""
         _, self._node, self._ffi = load_native()
         self._segment_bytes = slab.segment_bytes
@@ -113,6 +117,8 @@ class Index:
                 "most_leased_rows": most_leased_rows,
                 "most_held_bytes": int(MOST_HELD * slab.capacity_bytes),
                 "eviction_batch": eviction_batch,
+                "directory": 0 if directory is None else directory.address,
+                "directory_entries": 0 if directory is None else directory.length // DIRECTORY_ENTRY_BYTES,
             },
         )
         index = self._node.polar_index_new(settings)
@@ -175,6 +181,10 @@ class Index:
             self.native, owner, self._of(keys), count, _lease_ns(lease_s), self._clock_ns(), self._of(present)
         )
         return Hold(number, bytes(present))
+
+    def use(self, keys: bytes) -> None:
+        """Count a read of blocks that the reader found in the directory, as ``locate`` does."""
+        self._node.polar_use(self.native, self._of(keys), _count(keys))
 
     def renew(self, owner: int, number: int, lease_s: float) -> bool:
         """Let a lease end ``lease_s`` seconds from now (MAX_LEASE_S at most); False if it is over already."""

@@ -11,6 +11,7 @@ import numpy as np
 from polarkv_sglang.errors import TransportError
 from polarkv_sglang.transport import Context, Direction, Mapped, RemoteKey, Worker, attach
 from polarkv_sglang.transport.control import ControlConnection
+from polarkv_sglang.transport.directory import Directory, open_directory
 from polarkv_sglang.transport.messages import Welcome
 from polarkv_sglang.transport.stream import Exchange
 
@@ -28,12 +29,13 @@ class Link(NamedTuple):
     pushed: bool = False  # no route: its transport emulates gets, so the node puts what we read
     streamed: bool = False  # no route: there is nothing better than TCP, so blocks go through ``control``
     carries_few: bool = False  # there is a route, but few blocks go through ``control`` as well
+    directory: Directory | None = None  # of a mapped slab: what it has is read without asking the node
 
     def carries(self, size: int) -> bool:
         """Whether blocks of ``size`` bytes in all go through ``control``.
 
-        In one exchange: copying from or to a mapping, which is quicker for many, takes one before it, and
-        another one behind it to write.
+        In one exchange: copying from or to a mapping, which is quicker for many, takes one before it, unless
+        it is to read what a directory has, and another one behind it to write.
         """
         return self.streamed or (self.carries_few and size <= _MOST_CARRIED_BYTES)
 
@@ -45,6 +47,8 @@ class Link(NamedTuple):
     def close(self) -> None:
         """Give it up; nothing may be in flight on it."""
         self.control.close()
+        if self.directory is not None:
+            self.directory.close()
         if self.route is not None:
             _close(self.route)
 
@@ -95,7 +99,15 @@ class Lane:
                     _close(route)
                     route = None
             carries_few = threaded and isinstance(route, Mapped)
-            self._set(Link(address, control, route, pushed, streamed, carries_few))
+            directory = self._directory(control.welcome, route)
+            self._set(Link(address, control, route, pushed, streamed, carries_few, directory))
+
+    def _directory(self, welcome: Welcome, route: RemoteKey | Mapped | None) -> Directory | None:
+        if self._context is None or not (self._reads and isinstance(route, Mapped)):
+            return None
+        if welcome.directory is None:
+            return None
+        return open_directory(self._context.library, welcome.directory, route)
 
     def _set(self, link: Link) -> None:
         self.drop(link.address)

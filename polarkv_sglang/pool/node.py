@@ -23,10 +23,11 @@ from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.nodes import is_loopback
 from polarkv_sglang.pool.notes import Notes, notes_bytes
+from polarkv_sglang.pool.pages import SharedMemory, populate
 from polarkv_sglang.pool.push import Pushers
 from polarkv_sglang.pool.replication import Replicator
 from polarkv_sglang.pool.session import Service, Session
-from polarkv_sglang.pool.slab import Slab, SlabMemory, default_segment_bytes
+from polarkv_sglang.pool.slab import Slab, SlabMemory, default_segment_bytes, make_directory
 from polarkv_sglang.pool.stream import Streams
 from polarkv_sglang.transport import Context, Worker, load_library, share
 from polarkv_sglang.transport.messages import NODE_ID_BYTES, NodeStatistics, Welcome
@@ -173,6 +174,10 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
         stack.callback(context.close)
         registered = context.register(memory.base_address, memory.capacity_bytes)
         worker = Worker(context)
+        directory = make_directory(memory.capacity_bytes) if context.shares_memory else None
+        if directory is not None:
+            stack.callback(directory.close)
+        index = Index(slab, directory=directory)
         welcome = Welcome(
             node_id=os.urandom(NODE_ID_BYTES),
             worker_address=worker.address,
@@ -181,8 +186,8 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
             capacity_bytes=slab.capacity_bytes,
             segment_bytes=slab.segment_bytes,
             shared=share(memory.fd, memory.capacity_bytes) if context.shares_memory else None,
+            directory=share(directory.fd, directory.length) if directory is not None else None,
         )
-        index = Index(slab)
         pushers = Pushers(index, context, registered)
         stack.push_async_callback(pushers.close)
         streams = Streams(index, Notes(notes_bytes(slab.capacity_bytes)))
@@ -200,7 +205,7 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
         await stack.enter_async_context(_serving_ucx(worker, node))
         await stack.enter_async_context(_replicating(node.service, memory, settings))
         if settings.prefault:
-            await stack.enter_async_context(_prefaulting(memory))
+            await stack.enter_async_context(_prefaulting(memory, directory))
         await stack.enter_async_context(_expiring(node.service.index))
         await stack.enter_async_context(_listening(node))
         yield node
@@ -222,11 +227,13 @@ async def _serving_ucx(worker: Worker, node: MemoryNode) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _prefaulting(memory: SlabMemory) -> AsyncIterator[None]:
+async def _prefaulting(memory: SlabMemory, directory: SharedMemory | None) -> AsyncIterator[None]:
     stop = threading.Event()
 
     def prefault() -> None:
         try:
+            if directory is not None:  # else whoever looks there first pays for its pages
+                populate(directory.address, directory.length)
             memory.prefault(stop, _PREFAULT_STEP_BYTES)
         except OSError as error:
             _logger.warning("prefault ended early, first writes will be slow: %s", error)

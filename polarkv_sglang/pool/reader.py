@@ -1,4 +1,7 @@
-"""Reading blocks: find them under leases, move them, check them."""
+"""Reading blocks: find them, move them, check them.
+
+What nodes on this host have in their directories is read without asking them; all else under leases.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import CHUNK_BYTES, DRAIN_S, Direction, Library, checksums
 from polarkv_sglang.transport.columns import checksums_from, pack_u64, seal, unpack_u64
+from polarkv_sglang.transport.directory import READ, UNKNOWN, Looked, LookUp
 from polarkv_sglang.transport.messages import (
     Fetch,
     Fetched,
@@ -33,6 +37,7 @@ from polarkv_sglang.transport.messages import (
     Release,
     Replicate,
     ReportCorrupt,
+    Used,
 )
 from polarkv_sglang.transport.stream import Answer, Call
 
@@ -64,15 +69,19 @@ class _Batch(msgspec.Struct, frozen=True):
 
 
 class _Found(NamedTuple):
-    """Blocks of one memory node: leased and to be got, or put into our memory by the node."""
+    """Blocks of one memory node: leased and to be got, or here already."""
 
     link: Link
     lease: int  # 0: none of ours
     blocks: Blocks
     addresses: npt.NDArray[np.uint64] | None  # in the node; None: the bytes are here already
-    checksums: npt.NDArray[np.uint64]
+    checksums: npt.NDArray[np.uint64] | None  # None: they have been compared
     generations: npt.NDArray[np.uint64]
     right: npt.NDArray[np.bool_] | None = None  # whether the bytes that are here are, if it is known already
+
+    def all_right(self, count: int) -> bool:
+        """Whether these are so many blocks, which are here and known to be right."""
+        return self.right is not None and len(self.blocks) == count and bool(self.right.all())
 
 
 class Reader:
@@ -95,6 +104,7 @@ class Reader:
         self._requests = requests
         self._memory = memory
         self._library = library
+        self._directories = LookUp(library)
         self._deadline_s = deadline_s
         # Until a transfer that is given up at its deadline can touch nothing any more.
         self._lease_s = 2 * (deadline_s + DRAIN_S)
@@ -118,13 +128,17 @@ class Reader:
                 if self._copies > 1:
                     self._spread(chain, pulled, done)
                 return done.tobytes()
-        if self._copies == 1:
-            routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
-            whole = len(routes) == 1 and len(routes[0].blocks) == len(chain.keys)
-            if whole and batch.pulls(routes[0]):
+        routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
+        whole = len(routes) == 1 and len(routes[0].blocks) == len(chain.keys)
+        found = self._look_up(batch, routes) if stages is None else []
+        if self._copies == 1 and whole:
+            if found and found[0].all_right(len(chain.keys)):
+                return b"\1" * len(chain.keys)
+            if not found and batch.pulls(routes[0]):
                 return self._pull_all(batch, routes[0])
         located = np.zeros(len(chain), bool)
-        found: list[_Found] = []
+        for part in found:
+            located[part.blocks] = True
         for place in range(self._copies):
             for part in self._find(batch, np.flatnonzero(~located), place):
                 located[part.blocks] = True
@@ -145,6 +159,31 @@ class Reader:
         if self._copies > 1:
             self._spread(chain, found, done)
         return done.tobytes()
+
+    def _look_up(self, batch: _Batch, routes: list[Route]) -> list[_Found]:
+        """Read all blocks by their nodes' directories; nothing, unless these have them all."""
+        chain, pieces = batch.chain, batch.pieces
+        directories = [route.link.directory for route in routes if route.link.directory is not None]
+        if len(directories) < len(routes) or sum(len(route.blocks) for route in routes) < len(chain.keys):
+            return []
+        which = None
+        if len(routes) > 1:
+            which = np.empty(len(chain.keys), np.uint32)
+            for number, route in enumerate(routes):
+                which[route.blocks] = number
+        looked = self._directories.read(
+            directories,
+            which,
+            b"".join(chain.keys),
+            np.ascontiguousarray(pieces.addresses),
+            pieces.piece_bytes,
+            batch.started + self._deadline_s - time.monotonic(),
+        )
+        if looked is None:
+            return []
+        for route in routes:
+            self._requests.tell(self._lane, route.link, Used(blob(chain.keys, route.blocks)))
+        return [_looked_up(route, looked) for route in routes]
 
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
         """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
@@ -309,6 +348,13 @@ class Reader:
                 self._requests.tell(self._lane, self._lane.links[source], Replicate(keys, target))
 
 
+def _looked_up(route: Route, looked: Looked) -> _Found:
+    states = np.frombuffer(looked.states, np.uint8)[route.blocks]
+    there = states != UNKNOWN
+    blocks = route.blocks[there]
+    return _Found(route.link, 0, blocks, None, None, looked.generations[blocks], states[there] == READ)
+
+
 def _located(route: Route, reply: Located, block_bytes: int) -> _Found:
     hits = unpack_u64(reply.length_blob) == block_bytes
     return _Found(
@@ -359,7 +405,7 @@ def _head(part: _Found, end: int) -> _Found:
     return part._replace(
         blocks=part.blocks[kept],
         addresses=part.addresses[kept] if part.addresses is not None else None,
-        checksums=part.checksums[kept],
+        checksums=part.checksums[kept] if part.checksums is not None else None,
         generations=part.generations[kept],
         right=part.right[kept] if part.right is not None else None,
     )

@@ -100,6 +100,15 @@ uint64_t polar_locate(polar_index *index, uint64_t owner, const uint8_t *keys, u
     return number;
 }
 
+/* Blocks were read by who did not ask. */
+void polar_use(polar_index *index, const uint8_t *keys, uint32_t count) {
+    pthread_mutex_lock(&index->lock);
+    find(index, keys, count);
+    use(index, count);
+    index->counted.hits += count;
+    pthread_mutex_unlock(&index->lock);
+}
+
 uint64_t polar_hold(polar_index *index, uint64_t owner, const uint8_t *keys, uint32_t count, int64_t lease_ns,
                     int64_t now_ns, uint8_t *present) {
     struct holding *lease;

@@ -18,13 +18,18 @@ from polarkv_sglang.transport.messages import (
     Replicate,
     Reply,
     ReportCorrupt,
+    Used,
     WriteNotes,
 )
 from polarkv_sglang.transport.stream import Answer, Call
 
+Told = Release | Used | ReportCorrupt | Replicate | WriteNotes
+"""What has no reply."""
+
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
 _SEND_S = 0.001  # past its deadline a request may still be sent if the socket takes it
+_HINT_S = 0.1  # so may a hint whose beginning it took
 _NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than a socket takes at once
 _LATE_S = 0.05  # past its deadline what has been asked for may still be read: another node used the time up
 
@@ -136,13 +141,15 @@ class Requests:
                 self.fail(lane, route.link, str(outcome))
         return answered
 
-    def tell(self, lane: Lane, link: Link, message: Release | ReportCorrupt | Replicate | WriteNotes) -> None:
+    def tell(self, lane: Lane, link: Link, message: Told) -> None:
         """Send what has no reply, if the link still stands."""
         if lane.links.get(link.address) is not link:
             return
         try:
             if isinstance(message, Release):
-                link.control.release(message, _SEND_S)
+                link.control.send_later(message, _SEND_S)
+            elif isinstance(message, Used):
+                link.control.hint(message, _HINT_S)
             else:
                 notes = message.notes if isinstance(message, WriteNotes) else ()
                 link.control.send(message, _SEND_S + _NOTES_BYTE_S * sum(map(len, notes)))

@@ -160,6 +160,13 @@ static int answer_release(polar_stream *stream, struct reader *reader) {
     return 0;
 }
 
+static int answer_used(polar_stream *stream, struct reader *reader) {
+    struct keys keys = read_keys(reader);
+    if (!is_whole(reader)) return FOR_OTHERS;
+    polar_use(stream->index, keys.start, keys.count);
+    return 0;
+}
+
 static int answer_reserve(polar_stream *stream, struct reader *reader) {
     uint64_t id = read_number(reader), length, *addresses = column(stream, 0);
     struct keys keys = read_keys(reader), parents = read_keys(reader);
@@ -341,7 +348,7 @@ static const struct kind {
     {"pull", answer_pull, 3, 4},       {"store", answer_store, 4, 5},   {"fill", answer_fill, 2, 3},
     {"locate", answer_locate, 3, 3},   {"release", answer_release, 1, 1}, {"reserve", answer_reserve, 4, 4},
     {"commit", answer_commit, 4, 4},   {"hold", answer_hold, 3, 3},     {"peek", answer_peek, 2, 2},
-    {"renew", answer_renew, 3, 3},
+    {"renew", answer_renew, 3, 3},     {"used", answer_used, 1, 1},
 };
 
 static int answer(polar_stream *stream) {

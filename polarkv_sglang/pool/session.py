@@ -120,6 +120,8 @@ class Session(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop has transports of its own, which only behave like one.
         self._transport = cast(asyncio.Transport, transport)
+        if self._service.streams.closed:  # the node is going
+            self._transport.abort()
         peer: socket.socket = transport.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():
@@ -272,7 +274,8 @@ class Session(asyncio.BufferedProtocol):
         self.role = role
         welcome = self._service.welcome
         if role != "rank":
-            welcome = msgspec.structs.replace(welcome, worker_address=b"", rkey=b"", shared=None)
+            nothing = {"worker_address": b"", "rkey": b"", "shared": None, "directory": None}
+            welcome = msgspec.structs.replace(welcome, **nothing)
         self._send(welcome)
         if role == "lifeline":
             self._service.report_lifelines()

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from polarkv_sglang.config import format_bytes
 from polarkv_sglang.errors import ConfigError
-from polarkv_sglang.pool.pages import map_shared, memory_bytes, populate_huge
+from polarkv_sglang.pool.pages import SharedMemory, map_shared, memory_bytes, populate_huge
 from polarkv_sglang.transport import HUGE_PAGE_BYTES
+from polarkv_sglang.transport.directory import ENTRY_BYTES
 
 PAGE_BYTES = 4096  # slots start at and are multiples of this
 _DEFAULT_SEGMENT_BYTES = 64 << 20
+_BYTES_AN_ENTRY = 32 << 10
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:
@@ -63,6 +65,18 @@ class SlabMemory:
     def close(self) -> None:
         """Give the memory back; nothing here may read or write it any more. Other mappings of it live on."""
         self._mapped.close()
+
+
+def make_directory(capacity_bytes: int) -> SharedMemory:
+    """Room to tell readers on this host where blocks of a slab lie: an entry for each 32 KiB of it.
+
+    Backed by pages as it is used. Of shorter blocks it has some only. Raises ConfigError.
+    """
+    entries = max(1, capacity_bytes // _BYTES_AN_ENTRY)
+    try:
+        return SharedMemory("polarkv-directory", -(-entries * ENTRY_BYTES // PAGE_BYTES) * PAGE_BYTES)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no memory for a directory of {entries} blocks ({error}); give less") from error
 
 
 @dataclass(frozen=True)

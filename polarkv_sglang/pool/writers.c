@@ -158,6 +158,7 @@ static uint32_t commit(polar_index *index, struct holding *reservation, const ui
         row->state = COMMITTED;
         row->checksum = checksums[i];
         row->last_use = index->tick - i;
+        publish(index, row);
         add_leaf(&index->eviction, index->table.rows, reservation->rows[i]);
         committed++;
     }

@@ -171,7 +171,7 @@ void ucp_request_free(void *request);
 
 /* ---- Ours. */
 
-enum { POLAR_ABI = 2 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 3 }; /* of this file: raised with its every change */
 
 /* Entry points of the libucp that Python loaded: the helper is built without UCX and linked to none. */
 typedef struct {
@@ -257,6 +257,8 @@ enum {
     POLAR_BAD_LOCAL = 4,  /* a piece lies outside every memory */
     /* UCX may still touch local memory; the worker must not be used again: */
     POLAR_UNDRAINED = 5,
+    /* Of a look-up: some block is in no directory, and nothing was read: */
+    POLAR_NOT_THERE = 6,
 };
 
 /* One peer of an exchange: a request, of a put with its blocks behind it, and the reply, of a get likewise. */
@@ -285,6 +287,34 @@ typedef struct {
     int64_t timeout_ns;
 } polar_exchange_batch;
 
+/* A directory and a slab of a node on this host, as they are mapped here. */
+typedef struct {
+    uint64_t entries; /* address; see directory.h */
+    uint64_t entry_count;
+    polar_route slab;
+} polar_directory;
+
+/* Blocks to read from nodes on this host without asking them. */
+typedef struct {
+    const polar_directory **directories;
+    const uint32_t *directory; /* [block_count] which of them; NULL: the first */
+    const uint8_t *keys;       /* [block_count] of 16 bytes */
+    const uint64_t *local;     /* [block_count][pieces] address */
+    uint32_t block_count;
+    uint32_t pieces;
+    uint64_t piece_bytes;
+    polar_hash hash;
+    uint8_t *states;       /* [block_count] what became of each */
+    uint64_t *generations; /* [block_count] of what was read */
+    int64_t timeout_ns;
+} polar_lookup;
+
+enum {
+    POLAR_UNKNOWN = 0, /* it was there and is not any more, or time is over: the node has to be asked */
+    POLAR_READ = 1,
+    POLAR_WRONG = 2, /* it is not what was written */
+};
+
 int polar_abi(void); /* POLAR_ABI of the file that the helper was built of */
 int polar_transfer(const polar_worker *worker, const polar_batch *batch, ucs_status_t *statuses,
                    uint64_t *checksums, polar_outcome *outcome);
@@ -292,6 +322,7 @@ int polar_close(const polar_worker *worker, polar_endpoint *endpoint, int force,
 int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, int64_t timeout_ns);
 int polar_checksums(polar_hash hash, const uint64_t *local, uint32_t block_count, uint32_t pieces,
                     uint64_t piece_bytes, uint64_t *checksums);
+int polar_look_up(const polar_lookup *lookup);         /* POLAR_DONE, or _NO_MEMORY, or _NOT_THERE */
 int polar_exchange(const polar_exchange_batch *batch); /* POLAR_DONE or POLAR_NO_MEMORY */
 void polar_endpoint_failed(void *worker, ucp_ep_h handle, ucs_status_t status);
 void polar_add_endpoint(polar_worker *worker, polar_endpoint *endpoint);

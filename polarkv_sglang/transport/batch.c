@@ -8,7 +8,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "transfer.h"
 
@@ -35,12 +34,6 @@ enum {
 };
 
 enum lane_state { FINISHED, WAITING, READY }; /* WAITING: for UCX. READY: has more to do at once */
-
-static int64_t now_ns(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 static bool is_request(ucs_status_ptr_t result) {
     return (uintptr_t)result - 1 < (uintptr_t)UCS_ERR_LAST - 1;

@@ -5,6 +5,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "abi.h"
 
@@ -15,6 +16,12 @@ struct block {
     uint64_t length;   /* bytes of all pieces */
     uint64_t *digests; /* one per chunk, filled in by the functions below */
 };
+
+static inline int64_t now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
 
 #pragma GCC visibility push(hidden)
 

@@ -63,6 +63,7 @@ from polarkv_sglang.transport.messages import (
     Store,
     Stored,
     Streaming,
+    Used,
     Welcome,
 )
 from polarkv_sglang.transport.quick import QuickSocket
@@ -144,9 +145,13 @@ class ControlConnection:
         """Send one message; NodeError if the node is gone or reads nothing for ``deadline_s`` seconds."""
         self._send(message, time.monotonic() + deadline_s)
 
-    def release(self, message: Release, deadline_s: float) -> None:
-        """Send what has no hurry: with the next request, or in 200 ms. Raises as ``send``."""
+    def send_later(self, message: Release, deadline_s: float) -> None:
+        """Send what can wait: with the next request, or in 200 ms; under TLS at once. Raises as ``send``."""
         self._send(message, time.monotonic() + deadline_s, more=True)
+
+    def hint(self, message: Used, deadline_s: float) -> None:
+        """As ``send_later``; but nothing while the node leaves as much unread as the socket holds."""
+        self._send(message, time.monotonic() + deadline_s, more=True, optional=True)
 
     def receive(self, deadline: float) -> FromNode:
         """The next message of the node, by ``deadline`` (time.monotonic).
@@ -289,12 +294,15 @@ class ControlConnection:
         self._arm(deadline)
         return self._socket.recv(_RECEIVE_BYTES)
 
-    def _send(self, message: Message, deadline: float, *, more: bool = False) -> None:
+    def _send(self, message: Message, deadline: float, *, more: bool = False, optional: bool = False) -> None:
         try:
             self._check_open()
             data = bytes(encode_frame(message))
             self._patience_s = min(PATIENCE_S + PATIENCE_BYTE_S * len(data), LONGEST_PATIENCE_S)
-            rest = memoryview(data)[self._quick.send(data, more=more) if self._quick is not None else 0 :]
+            taken = self._quick.send(data, more=more) if self._quick is not None else 0
+            if optional and not taken and self._quick is not None:
+                return
+            rest = memoryview(data)[taken:]
             while rest:
                 self._arm(deadline)
                 rest = rest[self._socket.send(rest) :]

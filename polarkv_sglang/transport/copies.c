@@ -2,7 +2,6 @@
  * threads. */
 
 #include <signal.h>
-#include <time.h>
 
 #include "copies.h"
 
@@ -11,12 +10,6 @@ enum {
     HELPED_BYTES = 16 << 20, /* from so many on a second thread is worth its start */
     STACK_BYTES = 256 * 1024,
 };
-
-static int64_t now_ns(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 static uint64_t bursts_a_block(const struct copies *copies) {
     return (copies->pieces * copies->piece_bytes + BURST - 1) / BURST;
@@ -64,12 +57,15 @@ static void *help(void *arg) {
 }
 
 void begin_copies(struct copies *copies) {
+    static const int own[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
     pthread_attr_t attributes;
     sigset_t all, before;
-    if (copies->count * copies->pieces * copies->piece_bytes < HELPED_BYTES) return;
+    if (copies->piece_bytes * copies->pieces * copies->count < HELPED_BYTES) return;
     if (pthread_attr_init(&attributes)) return;
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    sigfillset(&all); /* signals are for the process's own threads */
+    /* Signals are for the process's own threads, but for those that are about what this one does. */
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof(own) / sizeof(*own); i++) sigdelset(&all, own[i]);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     copies->helped = pthread_create(&copies->helper, &attributes, help, copies) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);

@@ -15,7 +15,7 @@ from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.transport.columns import seal, unpack_u64
 from polarkv_sglang.transport.shared import SharedHandle
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
 MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
@@ -95,7 +95,7 @@ class Proof(Message, frozen=True, tag="proof"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Node to client: authenticated. Only ranks are given the ways to the slab: address, rkey, handle."""
+    """Node to client: authenticated. Only ranks are given the ways to the slab: address, rkey, handles."""
 
     node_id: NodeId  # new at every start of the node: another id means that all blocks are gone
     worker_address: bytes
@@ -104,6 +104,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     capacity_bytes: Count
     segment_bytes: Count  # no block can be longer
     shared: SharedHandle | None = None  # of the slab, for ranks on the node's host; None: not offered
+    directory: SharedHandle | None = None  # likewise, of what tells where blocks lie in it
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
@@ -385,6 +386,15 @@ class Release(Message, frozen=True, tag="release"):
     lease: Count
 
 
+class Used(Message, frozen=True, tag="used"):
+    """Blocks were read that the client found by itself; one way."""
+
+    keys: bytes
+
+    def __post_init__(self) -> None:
+        _check_keys(self.keys)
+
+
 class ReportCorrupt(Message, frozen=True, tag="report_corrupt"):
     """Blocks whose checksum was wrong after a get; one way. Dropped if they are still that generation."""
 
@@ -513,7 +523,7 @@ Answered = (
     | ReadNotes
     | Statistics
 )
-Request = Answered | Release | ReportCorrupt | Replicate | WriteNotes | View
+Request = Answered | Release | Used | ReportCorrupt | Replicate | WriteNotes | View
 Reply = (
     Reserved
     | Committed

@@ -40,21 +40,21 @@ class SharedHandle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AlignedMapping:
-    """A memfd mapped for reading and writing, from a multiple of HUGE_PAGE_BYTES on.
+    """A memfd mapped from a multiple of HUGE_PAGE_BYTES on.
 
     Only so can the kernel map huge pages as such, where the memfd has them: then a client of a large slab
     needs no page table of 2 MB for each GiB, and no page fault for every 4 KiB that it touches first.
     """
 
-    def __init__(self, fd: int, length: int) -> None:
+    def __init__(self, fd: int, length: int, *, writable: bool = True) -> None:
         """Raises OSError if the address space or the memfd does not allow that."""
         self._reserved_length = length + HUGE_PAGE_BYTES
         self._reserved = _mmap(None, self._reserved_length, _PROT_NONE, _ANONYMOUS, -1)
         self.address = -(-self._reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES  # 0 once closed
         self.length = length  # bytes
         try:
-            both = mmap.PROT_READ | mmap.PROT_WRITE
-            _mmap(self.address, length, both, mmap.MAP_SHARED | _MAP_FIXED, fd)
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            _mmap(self.address, length, protection, mmap.MAP_SHARED | _MAP_FIXED, fd)
         except OSError:
             self.close()
             raise
@@ -69,8 +69,8 @@ class AlignedMapping:
 class Mapped(AlignedMapping):
     """A peer's shared memory, mapped here. It stays as it is when the peer dies, until close()."""
 
-    def __init__(self, fd: int, length: int, remote: int) -> None:
-        super().__init__(fd, length)
+    def __init__(self, fd: int, length: int, remote: int, *, writable: bool = True) -> None:
+        super().__init__(fd, length, writable=writable)
         self.remote = remote  # address in the peer
 
 
@@ -93,8 +93,8 @@ def share(fd: int, length: int) -> SharedHandle:
     return SharedHandle(os.getpid(), fd, status.st_ino, length, _boot_id(), _pid_namespace())
 
 
-def attach(handle: SharedHandle, remote_base: int) -> Mapped | None:
-    """Maps what a peer shares, which lies at `remote_base` in the peer.
+def attach(handle: SharedHandle, remote_base: int, *, writable: bool = True) -> Mapped | None:
+    """Maps what a peer shares, for reading or for both, which lies at `remote_base` in the peer.
 
     None if this process cannot: the peer is on another host, in another PID namespace, of another user or
     gone, or its handle does not name a memfd of that length that is sealed against shrinking.
@@ -107,13 +107,13 @@ def attach(handle: SharedHandle, remote_base: int) -> Mapped | None:
         try:
             if not _is_that_memfd(path, handle):
                 return None
-            fd = os.open(f"/proc/self/fd/{path}", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(f"/proc/self/fd/{path}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         finally:
             os.close(path)
         try:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 return None
-            return Mapped(fd, handle.length, remote_base)
+            return Mapped(fd, handle.length, remote_base, writable=writable)
         finally:
             os.close(fd)
     except (OSError, ValueError, OverflowError):

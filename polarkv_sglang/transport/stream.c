@@ -17,7 +17,6 @@
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "blocks.h"
@@ -49,12 +48,6 @@ struct stream {
     uint8_t length[LENGTH_BYTES];
     bool finished;
 };
-
-static int64_t now_ns(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 static uint64_t least(uint64_t a, uint64_t b) {
     return a < b ? a : b;

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from polarkv_sglang.pool.index import EVICTION_BATCH, MOST_LEASED_ROWS, Index
+from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.transport.columns import pack_u64, split_keys, unpack_u64
 
@@ -45,12 +46,14 @@ class ListedIndex:
         slab: Slab,
         *,
         clock: Callable[[], float],
+        directory: SharedMemory | None = None,
         most_leased_rows: int = MOST_LEASED_ROWS,
         eviction_batch: int = EVICTION_BATCH,
     ) -> None:
         self._clock_ns = lambda: round(clock() * _NS)
         self._index = index = Index(
             slab,
+            directory=directory,
             most_leased_rows=most_leased_rows,
             eviction_batch=eviction_batch,
             clock_ns=self._clock_ns,
@@ -74,6 +77,9 @@ class ListedIndex:
 
     def hold(self, owner: int, keys: Sequence[bytes], lease_s: float) -> tuple[int, bytes]:
         return self._index.hold(owner, b"".join(keys), lease_s)
+
+    def use(self, keys: Sequence[bytes]) -> None:
+        self._index.use(b"".join(keys))
 
     def report_corrupt(self, keys: Sequence[bytes], generations: Sequence[int]) -> None:
         self._index.report_corrupt(b"".join(keys), pack_u64(generations))

@@ -1,4 +1,4 @@
-"""Few blocks of a node on this host go through the connection, many between the memories of both."""
+"""Few blocks for a node on this host go through the connection, many between the memories of both."""
 
 from __future__ import annotations
 
@@ -20,11 +20,27 @@ from tests.pool.test_node import eventually
 from tests.support import RunningNode, running_node, running_nodes
 
 FEW, MANY = 10, 11  # blocks of 48 KiB: 512 KiB is between
+# A memory node that tells readers nothing of where blocks lie: it has to be asked.
+_NO_DIRECTORY = """
+import sys
+from polarkv_sglang.cli import main
+from polarkv_sglang.pool import node
+
+share, shared = node.share, []
+
+def share_the_first(fd, length):
+    shared.append(fd)
+    return share(fd, length) if len(shared) == 1 else None
+
+node.share = share_the_first
+sys.argv = sys.argv[3:]
+sys.exit(main())
+"""
 
 
 @pytest.fixture
 def node() -> Iterator[RunningNode]:
-    with running_node("64MiB") as running:
+    with running_node("64MiB", launcher=[sys.executable, "-c", _NO_DIRECTORY]) as running:
         yield running
 
 
@@ -126,12 +142,13 @@ def test_a_frozen_node_of_few_blocks_leaves_others_the_time_for_theirs():
         wait_until_live(rank, 2)
         nodes = dict(rank.client.membership.live)
         # To read, what is behind the first miss is not got.
-        counts = {healthy.address: 40, frozen.address: 4}
-        known = blocks_of(nodes, counts, "known")
-        assert rank.put(known) == [True] * 44
+        known = blocks_of(nodes, {healthy.address: 40}, "known")
+        unknown = blocks_of(nodes, {frozen.address: 4}, "unknown")
+        assert rank.put(known) == [True] * 40
         frozen.freeze()
         started = time.monotonic()
-        assert get(rank, known).tolist() == [True] * 40 + [False] * 4
+        wanted = Chain(*([*ours, *others] for ours, others in zip(known, unknown)))
+        assert get(rank, wanted).tolist() == [True] * 40 + [False] * 4
         assert time.monotonic() - started < 1.5 * rank.client.deadline_s
         assert rank.client.membership.live.keys() == {healthy.address}
         os.kill(frozen.pid, signal.SIGCONT)

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.index import RESERVATION_S
+from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
 from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
 from tests.pool.listed import ListedIndex
@@ -89,8 +90,10 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self.directory = SharedMemory("directory", PAGE_BYTES)
         self.index = ListedIndex(
             Slab(BASE, CAPACITY_BYTES, SEGMENT_BYTES),
+            directory=self.directory,
             eviction_batch=2,  # so that it has to look again and again
             clock=lambda: self.now,
         )
@@ -305,6 +308,16 @@ class IndexMachine(RuleBasedStateMachine):
         self.now += seconds
         if noticed:
             self.expire()
+
+    @rule(keys=KEY_LISTS)
+    def read_from_directory(self, keys: list[bytes]) -> None:
+        hits = self.index.statistics().hits_total
+        self.index.use(keys)
+        self.use(keys)
+        assert self.index.statistics().hits_total == hits + len(keys)
+
+    def teardown(self) -> None:
+        self.directory.close()
 
     @invariant()
     def agrees(self) -> None:
