@@ -79,10 +79,6 @@ class _Found(NamedTuple):
     generations: npt.NDArray[np.uint64]
     right: npt.NDArray[np.bool_] | None = None  # whether the bytes that are here are, if it is known already
 
-    def all_right(self, count: int) -> bool:
-        """Whether these are so many blocks, which are here and known to be right."""
-        return self.right is not None and len(self.blocks) == count and bool(self.right.all())
-
 
 class Reader:
     """Reads over one lane; the caller holds its lock and is one thread at a time."""
@@ -130,12 +126,13 @@ class Reader:
                 return done.tobytes()
         routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
         whole = len(routes) == 1 and len(routes[0].blocks) == len(chain.keys)
-        found = self._look_up(batch, routes) if stages is None else []
-        if self._copies == 1 and whole:
-            if found and found[0].all_right(len(chain.keys)):
-                return b"\1" * len(chain.keys)
-            if not found and batch.pulls(routes[0]):
+        looked = self._look_up(batch, routes) if stages is None else None
+        if self._copies == 1:
+            if looked is not None and looked.states.count(READ) == len(chain.keys):
+                return looked.states  # READ is 1
+            if looked is None and whole and batch.pulls(routes[0]):
                 return self._pull_all(batch, routes[0])
+        found = [_looked_up(route, looked) for route in routes] if looked is not None else []
         located = np.zeros(len(chain), bool)
         for part in found:
             located[part.blocks] = True
@@ -160,12 +157,12 @@ class Reader:
             self._spread(chain, found, done)
         return done.tobytes()
 
-    def _look_up(self, batch: _Batch, routes: list[Route]) -> list[_Found]:
-        """Read all blocks by their nodes' directories; nothing, unless these have them all."""
+    def _look_up(self, batch: _Batch, routes: list[Route]) -> Looked | None:
+        """Read all blocks by their nodes' directories; nothing, and None, unless these have them all."""
         chain, pieces = batch.chain, batch.pieces
         directories = [route.link.directory for route in routes if route.link.directory is not None]
         if len(directories) < len(routes) or sum(len(route.blocks) for route in routes) < len(chain.keys):
-            return []
+            return None
         which = None
         if len(routes) > 1:
             which = np.empty(len(chain.keys), np.uint32)
@@ -175,15 +172,14 @@ class Reader:
             directories,
             which,
             b"".join(chain.keys),
-            np.ascontiguousarray(pieces.addresses),
+            pieces.of(positions(len(chain.keys))),
             pieces.piece_bytes,
             batch.started + self._deadline_s - time.monotonic(),
         )
-        if looked is None:
-            return []
-        for route in routes:
-            self._requests.tell(self._lane, route.link, Used(blob(chain.keys, route.blocks)))
-        return [_looked_up(route, looked) for route in routes]
+        if looked is not None:
+            for route in routes:
+                self._requests.tell(self._lane, route.link, Used(blob(chain.keys, route.blocks)))
+        return looked
 
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:
         """Blocks that the nodes at ``place`` of the rankings have; what they put has arrived by then."""
