@@ -23,7 +23,7 @@ from polarkv_sglang.pool.client import PoolClient
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.nodes import is_loopback
 from polarkv_sglang.pool.notes import Notes, notes_bytes
-from polarkv_sglang.pool.pages import SharedMemory, populate
+from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.push import Pushers
 from polarkv_sglang.pool.replication import Replicator
 from polarkv_sglang.pool.session import Service, Session
@@ -233,7 +233,7 @@ async def _prefaulting(memory: SlabMemory, directory: SharedMemory | None) -> As
     def prefault() -> None:
         try:
             if directory is not None:  # else whoever looks there first pays for its pages
-                populate(directory.address, directory.length)
+                directory.prefault(stop, _PREFAULT_STEP_BYTES)
             memory.prefault(stop, _PREFAULT_STEP_BYTES)
         except OSError as error:
             _logger.warning("prefault ended early, first writes will be slow: %s", error)

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,13 @@ class SharedMemory:
         advise_huge_pages(self.address, self.length)
         if _may_have_huge_pages(self.address):
             self.pages = "transparent"
+
+    def prefault(self, stop: threading.Event, step_bytes: int) -> None:
+        """Back all of it by pages, so much at a time, or until ``stop`` is set. Raises as ``populate``."""
+        for start in range(0, self.length, step_bytes):
+            if stop.is_set():
+                return
+            populate(self.address + start, min(step_bytes, self.length - start))
 
     def close(self) -> None:
         """Unmap it here; other mappings of it live on."""

@@ -70,7 +70,7 @@ class SlabMemory:
 def make_directory(capacity_bytes: int) -> SharedMemory:
     """Room to tell readers on this host where blocks of a slab lie: an entry for each 32 KiB of it.
 
-    Backed by pages as it is used. Of shorter blocks it has some only. Raises ConfigError.
+    Of shorter blocks it has some only. Raises ConfigError.
     """
     entries = max(1, capacity_bytes // _BYTES_AN_ENTRY)
     try:

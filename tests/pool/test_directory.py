@@ -9,11 +9,13 @@ import threading
 
 import numpy as np
 
+from polarkv_sglang.pool.blocks import Pieces
 from tests.pool.rank import a_rank, prompt, wait_until_live
 from tests.pool.test_node import eventually
 from tests.support import running_node, running_nodes
 
 BLOCKS = 64
+MIB = 1 << 20
 
 
 def test_blocks_are_read_while_their_node_answers_nothing():
@@ -29,6 +31,21 @@ def test_blocks_are_read_while_their_node_answers_nothing():
         # The node learns of it all the same, and has moved no byte.
         eventually(lambda: node.statistics().hits_total == 1 + 10 + BLOCKS)
         assert node.statistics().sent_blocks_total == 0
+
+
+def test_much_is_read_at_once_and_nothing_is():
+    with running_node("128MiB") as node, a_rank(node.address, deadline_s=5.0) as rank:
+        length = 3 * MIB
+        memory = np.random.default_rng(5).integers(0, 256, (12, length), np.uint8)
+        before = memory.copy()
+        rank.client.register(memory.ctypes.data, memory.nbytes)
+        pieces = Pieces((memory.ctypes.data + np.arange(12, dtype=np.uint64) * length)[:, None], length)
+        assert rank.client.put(prompt("much", 12), pieces).all()
+        node.freeze()
+        memory[:] = 0
+        assert rank.client.get(prompt("much", 12), pieces).all()
+        assert (memory == before).all()
+        assert len(rank.client.get(prompt("none", 0), pieces._replace(addresses=pieces.addresses[:0]))) == 0
 
 
 def test_a_node_is_asked_for_what_its_directory_does_not_have():
