@@ -102,6 +102,7 @@ class ControlConnection:
         self.address = address
         self._socket = sock
         self._quick: QuickSocket | None = None  # not for TLS
+        self._postponed = False  # a message waits for the next one
         self._frames = FrameReader(MAX_FRAME_BYTES)
         self._request_ids = itertools.count(1)
         self._closed: str | None = None  # why, once it is
@@ -148,10 +149,12 @@ class ControlConnection:
     def send_later(self, message: Release, deadline_s: float) -> None:
         """Send what can wait: with the next request, or in 200 ms; under TLS at once. Raises as ``send``."""
         self._send(message, time.monotonic() + deadline_s, more=True)
+        self._postponed = True
 
     def hint(self, message: Used, deadline_s: float) -> None:
-        """As ``send_later``; but nothing while the node leaves as much unread as the socket holds."""
-        self._send(message, time.monotonic() + deadline_s, more=True, optional=True)
+        """As ``send_later``, but at once if something waits already, and not at all while the node leaves as
+        much unread as the socket holds."""
+        self._send(message, time.monotonic() + deadline_s, more=not self._postponed, optional=True)
 
     def receive(self, deadline: float) -> FromNode:
         """The next message of the node, by ``deadline`` (time.monotonic).
@@ -230,6 +233,7 @@ class ControlConnection:
         if self._closed is not None or len(self._frames):
             self._check_open()
             raise self._failed("broke the protocol: it sent what was not asked for")
+        self._postponed = False
         return self._socket.fileno()
 
     def fileno(self) -> int:
@@ -299,6 +303,7 @@ class ControlConnection:
             self._check_open()
             data = bytes(encode_frame(message))
             self._patience_s = min(PATIENCE_S + PATIENCE_BYTE_S * len(data), LONGEST_PATIENCE_S)
+            self._postponed &= more
             taken = self._quick.send(data, more=more) if self._quick is not None else 0
             if optional and not taken and self._quick is not None:
                 return
