@@ -29,7 +29,6 @@ Told = Release | Used | ReportCorrupt | Replicate | WriteNotes
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
 _SEND_S = 0.001  # past its deadline a request may still be sent if the socket takes it
-_HINT_S = 0.1  # so may a hint whose beginning it took
 _NOTES_BYTE_S = 2e-8  # for each byte of notes, of which there can be more than a socket takes at once
 _LATE_S = 0.05  # past its deadline what has been asked for may still be read: another node used the time up
 
@@ -149,7 +148,7 @@ class Requests:
             if isinstance(message, Release):
                 link.control.send_later(message, _SEND_S)
             elif isinstance(message, Used):
-                link.control.hint(message, _HINT_S)
+                link.control.hint(message, _SEND_S)
             else:
                 notes = message.notes if isinstance(message, WriteNotes) else ()
                 link.control.send(message, _SEND_S + _NOTES_BYTE_S * sum(map(len, notes)))

@@ -69,6 +69,8 @@ from polarkv_sglang.transport.messages import (
 from polarkv_sglang.transport.quick import QuickSocket
 from polarkv_sglang.transport.tls import explain
 
+# Beyond what the node has room for; what waits for the next message is less.
+_MUCH_UNREAD_BYTES = 256 << 10
 SEND_DEADLINE_S = 1.0  # a request fits the socket's buffer unless the node has stopped reading
 PATIENCE_S = 300e-6  # a reply is waited for so long without giving up the GIL; most take less
 PATIENCE_BYTE_S = 100e-9  # and for each byte of its request: a batch of keys takes a node longer
@@ -152,9 +154,11 @@ class ControlConnection:
         self._postponed = True
 
     def hint(self, message: Used, deadline_s: float) -> None:
-        """As ``send_later``, but at once if something waits already, and not at all while the node leaves as
-        much unread as the socket holds."""
-        self._send(message, time.monotonic() + deadline_s, more=not self._postponed, optional=True)
+        """As ``send_later``, but at once if something waits already, and not at all if much is unread."""
+        self._check_open()
+        if self._quick is not None and self._quick.unsent() > _MUCH_UNREAD_BYTES:
+            return
+        self._send(message, time.monotonic() + deadline_s, more=not self._postponed)
 
     def receive(self, deadline: float) -> FromNode:
         """The next message of the node, by ``deadline`` (time.monotonic).
@@ -298,16 +302,13 @@ class ControlConnection:
         self._arm(deadline)
         return self._socket.recv(_RECEIVE_BYTES)
 
-    def _send(self, message: Message, deadline: float, *, more: bool = False, optional: bool = False) -> None:
+    def _send(self, message: Message, deadline: float, *, more: bool = False) -> None:
         try:
             self._check_open()
             data = bytes(encode_frame(message))
             self._patience_s = min(PATIENCE_S + PATIENCE_BYTE_S * len(data), LONGEST_PATIENCE_S)
             self._postponed &= more
-            taken = self._quick.send(data, more=more) if self._quick is not None else 0
-            if optional and not taken and self._quick is not None:
-                return
-            rest = memoryview(data)[taken:]
+            rest = memoryview(data)[self._quick.send(data, more=more) if self._quick is not None else 0 :]
             while rest:
                 self._arm(deadline)
                 rest = rest[self._socket.send(rest) :]

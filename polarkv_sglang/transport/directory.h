@@ -20,7 +20,7 @@ struct entry {
     uint64_t unused;
 };
 
-_Static_assert(sizeof(struct entry) == 64, "native.py and directory.py know it");
+_Static_assert(sizeof(struct entry) == 64, "directory.py knows it");
 
 enum { WAYS = 4 }; /* entries that a key's may be in */
 

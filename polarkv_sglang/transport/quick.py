@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import socket
+import termios
 import time
 
 _libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the GIL
@@ -19,6 +20,9 @@ _send.restype = ctypes.c_ssize_t
 _recv = _libc.recv
 _recv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _recv.restype = ctypes.c_ssize_t
+_ioctl = _libc.ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_ioctl.restype = ctypes.c_int
 _sched_yield = _libc.sched_yield
 _NOT_NOW = (errno.EAGAIN, errno.EINTR)
 
@@ -40,6 +44,12 @@ class QuickSocket:
         """
         flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0)
         return _result(_send(self._fd, data, len(data), flags)) or 0
+
+    def unsent(self) -> int:
+        """Bytes that the peer has no room for yet, or that wait for more. Raises OSError."""
+        count = ctypes.c_int()
+        _result(_ioctl(self._fd, termios.TIOCOUTQ, ctypes.byref(count)))
+        return count.value
 
     def receive(self, patience_s: float) -> memoryview | None:
         """What has arrived, or does within ``patience_s``; empty at the end, None if nothing did.

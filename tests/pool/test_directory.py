@@ -10,6 +10,7 @@ import threading
 import numpy as np
 
 from polarkv_sglang.pool.blocks import Pieces
+from polarkv_sglang.transport.messages import Statistics, Used
 from tests.pool.rank import a_rank, prompt, wait_until_live
 from tests.pool.test_node import eventually
 from tests.support import running_node, running_nodes
@@ -74,6 +75,18 @@ def test_blocks_of_several_nodes_and_copies_of_them_come_back():
         rank.client.peek(blocks)
         assert rank.get(blocks) == [True] * BLOCKS
         assert (rank.memory == before).all()
+
+
+def test_a_node_that_reads_no_hints_is_spared_them():
+    with running_node("64MiB") as node, node.connect() as control:
+        used = Used(b"".join(prompt("hint", BLOCKS).keys))
+        node.freeze()
+        for _ in range(16_000):  # 16 MiB: more than a socket takes
+            control.hint(used, 0.001)
+        os.kill(node.pid, signal.SIGCONT)
+        told = control.request(Statistics(control.next_id()), 10.0).hits_total
+        assert 0 < told < 16_000 * BLOCKS
+        assert told % BLOCKS == 0
 
 
 def test_what_was_read_stays_longer_than_what_was_not():
