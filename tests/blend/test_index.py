@@ -25,6 +25,11 @@ def words(seed: int, count: int) -> list[int]:
     return [draw.randrange(1 << 17) for _ in range(count)]
 
 
+def others(seed: int, count: int) -> list[int]:
+    """Words that are in no list of ``words``."""
+    return [1 << 17 | word for word in words(seed, count)]
+
+
 def found(at: ChunkIndex, tokens: list[int], space: Space = HERE, start: int = 0) -> list[Match]:
     matches = list(at.find(tokens, space, start))
     for match in matches:
@@ -59,7 +64,7 @@ def test_text_is_found_whole_at_any_offset(seed: int, before: int, elsewhere: in
     document = words(seed, length)
     known = index()
     known.add(words(seed + 1, before) + document + words(seed + 2, 20), HERE)
-    asked = words(seed + 3, elsewhere) + document + words(seed + 4, 9)
+    asked = others(seed + 3, elsewhere) + document + others(seed + 4, 9)
     (match,) = found(known, asked)
     assert (match.start, match.end) == (elsewhere, elsewhere + length)
     assert match.donor_start == before
@@ -156,7 +161,7 @@ def test_short_text_is_found_where_a_block_of_its_donor_lies_in_it(
     document = words(seed, length)
     known = index()
     known.add(words(seed + 1, before) + document + words(seed + 2, 20), HERE)
-    matches = found(known, words(seed + 3, elsewhere) + document + words(seed + 4, 9))
+    matches = found(known, others(seed + 3, elsewhere) + document + others(seed + 4, 9))
     first_block = -(-before // CHUNK) * CHUNK
     lies_in_it = first_block + CHUNK <= before + length
     assert [(match.start, match.end) for match in matches] == [(elsewhere, elsewhere + length)] * lies_in_it
