@@ -1,7 +1,7 @@
 """Direct mode beside hicache mode and an L1 hit: time to first token of a prompt that the pool has.
 
 Two engines with one model share one memory node. In every round each of them loses L1 and L2, restores the
-prompt from the pool, and has it once more from L1; which of the two begins changes from round to round.
+prompt from the pool, and has it three times from L1; which of the two begins changes from round to round.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """PolarKV in sglang.Engine, without a server: a prompt is computed, hit in L1, and restored from the pool."""
 
+import argparse
+
 import sglang
 
 from examples.smollm2 import prepare
@@ -10,6 +12,7 @@ PROMPT = "The keeper of the lighthouse wrote down every ship that passed, its co
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m examples.offline_engine", description=__doc__).parse_args()
     settings = {"model_path": str(prepare()), "page_size": 16, "max_total_tokens": 4096}
     arguments = server_args(**settings, polarkv={"capacity": 1 << 30})  # with a memory node beside it
     engine = sglang.Engine(server_args=arguments)

@@ -214,8 +214,16 @@ def _ask(model_folder: Path, question: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prepare SmolLM2-135M-Instruct.")
-    parser.add_argument("target", nargs="?", type=Path, default=DEFAULT_TARGET)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.smollm2", description="Prepare SmolLM2-135M-Instruct."
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        type=Path,
+        default=DEFAULT_TARGET,
+        help="Folder to be made. Default: %(default)s.",
+    )
     started = time.monotonic()
     prepare(parser.parse_args().target)
     _say(f"{time.monotonic() - started:.0f} s")

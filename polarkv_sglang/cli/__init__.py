@@ -19,6 +19,8 @@ _TLS_FILES = {
     "key": "Its key",
     "ca": "The authority that has to have signed the other side's certificate",
 }
+# Options that count as POLARKV_* where they are left out.
+_VARIABLES = ("token", *(f"tls_{name}" for name in _TLS_FILES), "ucx_library", "ucx_tls")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,14 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (node, status, doctor, bench, blend_check):
         subparser = command.add_parser(commands)
-        subparser.add_argument(
-            "--token",
-            help="Shared secret of the pool. Better given as POLARKV_TOKEN: flags can be seen by others.",
-        )
-        for name, text in _TLS_FILES.items():
-            subparser.add_argument(
-                f"--tls-{name}", metavar="FILE", help=f"{text} (or POLARKV_TLS_{name.upper()})."
-            )
+        if command is not blend_check:
+            _add_secrets(subparser)
         level = getattr(command, "LOG_LEVEL", "info")
         subparser.add_argument(
             "--log-level", default=level, choices=("debug", "info", "warning", "error", "critical")
@@ -54,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Standard output is for our tables and JSON.
     os.environ.setdefault("UCX_LOG_FILE", "stderr")
     try:
-        if args.token == "":
+        if getattr(args, "token", None) == "":
             raise ConfigError("--token is empty; leave it out to run without one")
-        args.token = args.token or os.environ.get("POLARKV_TOKEN") or None
-        for name in _TLS_FILES:
-            given = getattr(args, f"tls_{name}") or os.environ.get(f"POLARKV_TLS_{name.upper()}")
-            setattr(args, f"tls_{name}", given or None)
+        for name in _VARIABLES:
+            if name in args:
+                given = getattr(args, name) or os.environ.get(f"POLARKV_{name.upper()}")
+                setattr(args, name, given or None)
         code = int(args.run(args))
         sys.stdout.flush()
     except PolarError as error:
@@ -76,6 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return code
+
+
+def _add_secrets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token",
+        help="Shared secret of the pool. Better given as POLARKV_TOKEN: flags can be seen by others.",
+    )
+    for name, text in _TLS_FILES.items():
+        parser.add_argument(f"--tls-{name}", metavar="FILE", help=f"{text} (or POLARKV_TLS_{name.upper()}).")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--nodes",
         metavar="A:P,B:P",
-        help="Memory nodes to check. Default: those of POLARKV_NODES or the config file, if any.",
+        help="Memory nodes to check. Default: those configured, if any.",
     )
     parser.add_argument("--json", action="store_true", help="Print all findings with their details, as JSON.")
     parser.add_argument(

@@ -46,12 +46,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="Serve Prometheus metrics; 0 takes a free port. Default: off.",
     )
     parser.add_argument(
-        "--ucx-tls", metavar="LIST", help="UCX transports, as UCX_TLS; tcp must be among them."
+        "--ucx-tls",
+        metavar="LIST",
+        help="UCX transports, as UCX_TLS; tcp must be among them (or POLARKV_UCX_TLS).",
     )
     parser.add_argument(
         "--ucx-library",
         metavar="PATH",
-        help="libucp.so.0. Default: the system's (>= 1.17), else the wheel's.",
+        help="libucp.so.0 (or POLARKV_UCX_LIBRARY). Default: the system's (>= 1.17), else the wheel's.",
     )
     parser.add_argument(
         "--embedded", type=Path, help=argparse.SUPPRESS

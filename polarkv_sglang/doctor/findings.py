@@ -8,6 +8,7 @@ import os
 import pkgutil
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -64,10 +65,14 @@ class Facts:
         except ConfigError:
             return PolarConfig()
 
-    @property
+    @functools.cached_property
     def nodes(self) -> Sequence[str]:
-        """Those named on the command line, else those configured."""
-        return self._nodes or self.settings.nodes
+        """Those named on the command line, else those configured; ConfigError if their file is wrong."""
+        from polarkv_sglang.pool.nodes import read_nodes
+
+        if self._nodes or self.settings.nodes_file is None:
+            return self._nodes or self.settings.nodes
+        return read_nodes(Path(self.settings.nodes_file))
 
     @property
     def token(self) -> str | None:

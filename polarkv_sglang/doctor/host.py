@@ -112,7 +112,7 @@ def check_same_host(facts: Facts) -> Iterator[Finding]:
             "warning",
             f"memory of another process cannot be mapped: {unmapped}; CMA {unread or 'works'}{yama}",
             "let processes of one user open /proc/<pid>/fd of each other (mount option hidepid, seccomp and "
-            "PID namespaces forbid it); until then the pool on this host goes through UCX",
+            "PID namespaces forbid it); until then the pool here goes as between hosts",
             details,
         )
     elif unread is not None:

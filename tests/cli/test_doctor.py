@@ -84,6 +84,20 @@ def test_without_speed_nothing_is_written_to_the_pool(node: RunningNode) -> None
     assert node.statistics().commits_total > before
 
 
+def test_nodes_of_a_file_are_checked_and_a_wrong_file_is_a_finding(
+    node: RunningNode, settings: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check, file = Check("nodes", "pool:check_nodes", "unused"), tmp_path / "nodes"
+    settings.setenv("POLARKV_NODES_FILE", str(file))
+    file.write_text(f"{node.address} # the only one\n")
+    [finding] = examine(check, facts(token="secret"))
+    assert (finding.check, finding.state) == (f"node {node.address}", "ok")
+    file.write_text(f"{node.address}\nnowhere\n")
+    [finding] = examine(check, facts(token="secret"))
+    assert (finding.check, finding.state) == ("nodes", "failed")
+    assert f"nodes file {file}, line 2" in finding.text
+
+
 def test_whatever_fails_is_a_line_with_its_mend_and_no_traceback() -> None:
     down = absent_address()
     env = {

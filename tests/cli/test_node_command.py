@@ -43,6 +43,17 @@ def test_wrong_setting_is_one_line_that_names_it():
         assert done.stderr.count("\n") == 1
 
 
+def test_what_is_left_out_is_taken_from_the_environment():
+    for name, value, complaint in (
+        ("POLARKV_UCX_LIBRARY", "/nowhere/libucp.so.0", "/nowhere/libucp.so.0"),
+        ("POLARKV_UCX_TLS", "cma", "add tcp"),
+        ("POLARKV_TLS_CERT", "cert.pem", "no tls-key and no tls-ca; give all three"),
+    ):
+        done = polarkv("node", "--capacity", "64MiB", "--listen", "127.0.0.1:0", env={name: value})
+        assert done.returncode == 2
+        assert complaint in done.stderr
+
+
 def test_taken_ports_are_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
