@@ -101,7 +101,10 @@ class Membership:
         logger.warning("PolarKV: memory node %s is out: %s", address, reason)
 
     def close(self) -> None:
-        """Stop the connector; the lanes are closed by their owner after this."""
+        """Stop the connector; the lanes are closed by their owner after this.
+
+        It may be slow to end, but begins no step any more: one step takes less than we wait for it.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -157,6 +160,7 @@ class Membership:
         controls: list[ControlConnection] = []
         try:
             for _ in range(len(self._lanes) + 1):
+                self._go_on()
                 controls.append(
                     ControlConnection.connect(
                         address,
@@ -169,8 +173,10 @@ class Membership:
                 )
             if len({control.welcome.node_id for control in controls}) > 1:
                 raise NodeError(f"memory node {address} restarted while we connected")
+            self._go_on()
             self._trials.reach(controls[0].welcome, self._deadline_s)
             for lane, control in zip(self._lanes, controls):
+                self._go_on()
                 lane.add(address, control, self._deadline_s)
         except PolarError:
             for control in controls:
@@ -179,6 +185,11 @@ class Membership:
         self._unwatch(address)
         self._watches[address] = controls[-1]
         return controls[0].welcome.capacity_bytes
+
+    def _go_on(self) -> None:
+        """NodeError once we are closing: soon there are neither lanes nor contexts."""
+        if self._closing:
+            raise NodeError("closing")
 
     def _watch(self, address: str) -> None:
         """See whether a node in use still answers, and tell it which ones do not."""
@@ -238,6 +249,8 @@ class Membership:
 
     def _failed(self, address: str, error: PolarError) -> None:
         with self._changed:
+            if self._closing:
+                return
             known = self._reasons.get(address) == str(error)
             self._reasons[address] = str(error)
             wait_s = min(2 * self._due[address].wait_s, _LAST_RETRY_S)

@@ -62,8 +62,8 @@ class AlignedMapping:
     def close(self) -> None:
         """Gives the mapping up; nothing may use its addresses any more."""
         if self.address:
+            self.address = 0  # before another thread can come here
             _libc.munmap(self._reserved, self._reserved_length)
-            self.address = 0
 
 
 class Mapped(AlignedMapping):

@@ -109,11 +109,13 @@ class _Slot:
         self._make_room(_FIRST_ROOM)
 
     def _make_room(self, blocks: int) -> None:
-        reply = memoryview(bytearray(_REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks))
-        sums = memoryview(bytearray((_SUM_BYTES + 1) * blocks))
+        reply = bytearray(_REPLY_BYTES + _REPLY_BYTES_A_BLOCK * blocks)
+        sums = bytearray((_SUM_BYTES + 1) * blocks)
+        # Of the arrays, not of the views: Python before 3.13 crashes when it collects a view with a buffer.
         buffers = self._from_buffer(self._bytes, reply), self._from_buffer(self._words, sums)
         # All or nothing, as above.
-        self._room, self._reply, self._sums, self._buffers = blocks, reply, sums, buffers
+        self._room, self._buffers = blocks, buffers
+        self._reply, self._sums = memoryview(reply), memoryview(sums)
         self._channel.reply, self._channel.checksums = buffers
         self._channel.reply_capacity = len(reply)
 

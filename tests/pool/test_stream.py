@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -122,6 +124,12 @@ def test_large_batches_ask_first_and_send_nothing_twice(node: RunningNode):
         assert all(rank.get(blocks))
         assert (rank.memory == before).all()
     assert node.statistics().commits_total == 64
+
+
+def test_a_client_that_was_dropped_is_collected_without_a_crash(node: RunningNode):
+    command = [sys.executable, "-m", "tests.pool.collected", node.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "collected\n"), done.stderr
 
 
 def test_requests_behind_a_store_are_answered_after_it(control: ControlConnection):
