@@ -1,5 +1,5 @@
 /* The leaf that was used the longest time ago goes first. A tail goes before its head, since the loss of a head
- * makes its tail useless: only leaves are suggested.
+ * makes its tail useless: only leaves are suggested. What is leased is none until its lease ends.
  *
  * A heap has the oldest leaves only, all of those up to a horizon, which moves on when they are used up. So neither
  * a use nor a leaf beyond the horizon costs anything here, and the look through all blocks is shared by the `batch`
@@ -21,11 +21,10 @@ bool eviction_open(struct eviction *eviction, uint32_t batch) {
 
 void eviction_close(struct eviction *eviction) {
     free(eviction->heap);
-    free(eviction->suggested);
 }
 
 uint64_t leaf_last_use(const struct row *row) {
-    return row->state == COMMITTED && !row->children ? row->last_use : 0;
+    return row->state == COMMITTED && !row->children && !row->leases ? row->last_use : 0;
 }
 
 static void swap(struct leaf *a, struct leaf *b) {
@@ -62,7 +61,7 @@ static void forget(struct eviction *eviction, struct row *rows) {
     eviction->horizon = 0;
 }
 
-/* A committed block has no successors any more; said again whenever that comes true. */
+/* A block has become a leaf; said again whenever that comes true. */
 void add_leaf(struct eviction *eviction, struct row *rows, uint32_t row) {
     uint64_t last_use = leaf_last_use(&rows[row]);
     if (!last_use || last_use > eviction->horizon || rows[row].queued) return;
@@ -87,7 +86,7 @@ static int by_last_use(const void *a, const void *b) {
 }
 
 /* Fills the empty heap with the oldest leaves beyond the horizon; whether there was any. Takes O(rows). */
-static bool advance(struct eviction *eviction, struct table *table) {
+static bool advance(struct eviction *eviction, struct table *table, uint64_t tick) {
     struct leaf *heap = eviction->heap; /* its root is the newest one until it is sorted */
     uint32_t count = 0;
     for (uint32_t number = 1; number < table->used; number++) {
@@ -105,27 +104,14 @@ static bool advance(struct eviction *eviction, struct table *table) {
     qsort(heap, count, sizeof(*heap), by_last_use); /* and so it is a heap with the oldest at its root */
     for (uint32_t i = 0; i < count; i++) table->rows[heap[i].row].queued = 1;
     eviction->count = count;
-    if (count) eviction->horizon = heap[count - 1].last_use;
+    /* Where those are all, what they continue comes next, whenever that was used. */
+    if (count) eviction->horizon = count < eviction->batch ? tick : heap[count - 1].last_use;
     return count > 0;
 }
 
-/* Remembers what was suggested; false if there is no memory for that. */
-static bool remember(struct eviction *eviction, uint32_t row) {
-    if (eviction->suggested_count == eviction->suggested_capacity) {
-        uint32_t capacity = eviction->suggested_capacity ? 2 * eviction->suggested_capacity : LEAST_CAPACITY;
-        uint32_t *bigger = realloc(eviction->suggested, capacity * sizeof(*bigger));
-        if (!bigger) return false;
-        eviction->suggested = bigger;
-        eviction->suggested_capacity = capacity;
-    }
-    eviction->suggested[eviction->suggested_count++] = row;
-    return true;
-}
-
-uint32_t next_leaf(struct eviction *eviction, struct table *table) {
-    while (eviction->count || advance(eviction, table)) {
+uint32_t next_leaf(struct eviction *eviction, struct table *table, uint64_t tick) {
+    while (eviction->count || advance(eviction, table, tick)) {
         struct leaf leaf = eviction->heap[0];
-        if (!remember(eviction, leaf.row)) return 0;
         eviction->heap[0] = eviction->heap[--eviction->count];
         sink(eviction->heap, eviction->count, 0, false);
         table->rows[leaf.row].queued = 0;
@@ -133,11 +119,6 @@ uint32_t next_leaf(struct eviction *eviction, struct table *table) {
         if (leaf_last_use(&table->rows[leaf.row]) == leaf.last_use) return leaf.row;
     }
     return 0;
-}
-
-void end_suggestions(struct eviction *eviction, struct table *table) {
-    while (eviction->suggested_count)
-        add_leaf(eviction, table->rows, eviction->suggested[--eviction->suggested_count]);
 }
 
 const char *check_eviction(const struct eviction *eviction, const struct table *table) {

@@ -72,7 +72,7 @@ struct segment {
     uint32_t in_use;     /* slots */
     uint32_t used;       /* from here on no slot was used since it was assigned */
     uint32_t free;       /* a list */
-    uint32_t *links;     /* of the slots below `used`: IN_USE, or the next free one */
+    uint32_t *links;     /* of the slots below `used`: the row of the block there, or the next free slot */
     struct segment *before, *next;
     bool listed;
 };
@@ -87,6 +87,7 @@ struct slab {
     struct segment *segments;
     uint32_t segment_count;
     struct segment *unassigned;
+    uint32_t hand; /* which segment is looked at next to be emptied */
     struct size_class *classes; /* those with partial segments; room for one per segment */
     uint32_t class_count;
 };
@@ -96,11 +97,13 @@ void slab_close(struct slab *slab);
 uint64_t slot_bytes_of(uint64_t length);
 bool fits(const struct slab *slab, uint64_t length);
 bool has_room(const struct slab *slab, uint64_t length);
-uint32_t allocate_slots(struct slab *slab, uint64_t length, uint32_t count, uint64_t *addresses);
+uint64_t allocate_slot(struct slab *slab, uint64_t length, uint32_t row); /* its address; 0: there was no room */
 void free_slot(struct slab *slab, uint64_t address);
+/* The block that a slot below `used` has; 0: none. */
+uint32_t row_in(const struct slab *slab, const struct table *table, const struct segment *segment, uint32_t slot);
 const char *check_slab(const struct slab *slab, const struct table *table);
 
-/* ---- Eviction: which leaf goes next. A leaf is a committed block that no other continues. */
+/* ---- Eviction: which leaf goes next. A leaf is a committed block that no other continues and nobody reads. */
 
 struct leaf {
     uint64_t last_use;
@@ -112,16 +115,13 @@ struct eviction {
     uint32_t count, capacity;
     uint64_t horizon;
     uint32_t batch;
-    uint32_t *suggested; /* rows */
-    uint32_t suggested_count, suggested_capacity;
 };
 
 bool eviction_open(struct eviction *eviction, uint32_t batch);
 void eviction_close(struct eviction *eviction);
 void add_leaf(struct eviction *eviction, struct row *rows, uint32_t row);
-uint32_t next_leaf(struct eviction *eviction, struct table *table); /* 0: there is none */
-void end_suggestions(struct eviction *eviction, struct table *table); /* what was not evicted comes up again */
-uint64_t leaf_last_use(const struct row *row);                        /* 0: it is no leaf */
+uint32_t next_leaf(struct eviction *eviction, struct table *table, uint64_t tick); /* it is to go; 0: there is none */
+uint64_t leaf_last_use(const struct row *row);                                     /* 0: it is no leaf */
 const char *check_eviction(const struct eviction *eviction, const struct table *table);
 
 /* ---- Holdings: reservations and leases, by numbers that are never given twice. */
@@ -187,6 +187,8 @@ void use(polar_index *index, uint32_t count);           /* of the found blocks h
 void join(polar_index *index, struct key parent);       /* a block will continue `parent` */
 void unlink_row(polar_index *index, uint32_t row);      /* nobody can find the block any more */
 void discard(polar_index *index, uint32_t row);         /* others get the slot and the row of an unlinked block */
+/* Gives blocks slots, in order, and evicts others for them; how many there was room for. */
+uint32_t make_room(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length);
 void expire(polar_index *index, int64_t now_ns);        /* ends the holdings whose time is over */
 void end_lease(polar_index *index, struct holding *lease);
 void end_pull(polar_index *index, uint64_t owner, uint64_t lease, uint64_t blocks, uint64_t sent_bytes);

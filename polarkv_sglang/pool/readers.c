@@ -38,6 +38,7 @@ void end_lease(polar_index *index, struct holding *lease) {
         struct row *row = row_of(index, lease->rows[i]);
         if (--row->leases) continue;
         index->counted.leased_bytes -= row->length;
+        add_leaf(&index->eviction, index->table.rows, lease->rows[i]);
         if (row->state != DROPPED) continue;
         index->counted.quarantined_blocks--;
         discard(index, lease->rows[i]);

@@ -6,7 +6,6 @@
 #include "index.h"
 
 #define NONE UINT32_MAX /* no slot */
-#define IN_USE (UINT32_MAX - 1)
 
 uint64_t slot_bytes_of(uint64_t length) {
     return (length + SLOT_BYTES - 1) / SLOT_BYTES * SLOT_BYTES;
@@ -93,33 +92,29 @@ static struct segment *segment_for(struct slab *slab, uint64_t slot_bytes) {
     return segment;
 }
 
-static uint32_t take_slot(struct segment *segment) {
-    uint32_t slot = segment->free;
+static uint64_t address_of(const struct slab *slab, const struct segment *segment, uint32_t slot) {
+    return slab->base + (uint64_t)(segment - slab->segments) * slab->segment_bytes + slot * segment->slot_bytes;
+}
+
+uint64_t allocate_slot(struct slab *slab, uint64_t length, uint32_t row) {
+    uint64_t slot_bytes = slot_bytes_of(length);
+    struct segment *segment = fits(slab, length) ? segment_for(slab, slot_bytes) : NULL;
+    uint32_t slot;
+    if (!segment) return 0;
+    slot = segment->free;
     if (slot == NONE)
         slot = segment->used++;
     else
         segment->free = segment->links[slot];
-    segment->links[slot] = IN_USE;
-    segment->in_use++;
-    return slot;
+    segment->links[slot] = row;
+    if (++segment->in_use == slab->segment_bytes / slot_bytes) unlist(slab, segment);
+    slab->used_bytes += slot_bytes;
+    return address_of(slab, segment, slot);
 }
 
-/* How many slots there were room for. */
-uint32_t allocate_slots(struct slab *slab, uint64_t length, uint32_t count, uint64_t *addresses) {
-    uint64_t slot_bytes = slot_bytes_of(length);
-    uint32_t taken = 0;
-    if (!fits(slab, length)) return 0;
-    while (taken < count) {
-        struct segment *segment = segment_for(slab, slot_bytes);
-        uint64_t start, slots = slab->segment_bytes / slot_bytes;
-        if (!segment) break;
-        start = slab->base + (uint64_t)(segment - slab->segments) * slab->segment_bytes;
-        for (; taken < count && segment->in_use < slots; taken++)
-            addresses[taken] = start + take_slot(segment) * slot_bytes;
-        if (segment->in_use == slots) unlist(slab, segment);
-    }
-    slab->used_bytes += taken * slot_bytes;
-    return taken;
+uint32_t row_in(const struct slab *slab, const struct table *table, const struct segment *segment, uint32_t slot) {
+    uint32_t row = segment->links[slot];
+    return row < table->used && table->rows[row].address == address_of(slab, segment, slot) ? row : 0;
 }
 
 void free_slot(struct slab *slab, uint64_t address) {
@@ -143,12 +138,11 @@ void free_slot(struct slab *slab, uint64_t address) {
 
 static const char *check_segment(const struct slab *slab, const struct segment *segment) {
     uint64_t slots = segment->slot_bytes ? slab->segment_bytes / segment->slot_bytes : 0;
-    uint32_t in_use = 0, free = 0;
-    for (uint32_t slot = 0; slots && slot < segment->used; slot++) in_use += segment->links[slot] == IN_USE;
+    uint32_t free = 0;
     for (uint32_t slot = segment->free; slots && slot != NONE; slot = segment->links[slot])
         if (slot >= segment->used || ++free > segment->used) return "a free slot is listed twice or was never used";
-    if (in_use != segment->in_use || (slots && in_use + free != segment->used)) return "slots are miscounted";
-    if (segment->listed != (in_use && in_use < slots)) return "a segment is listed wrongly";
+    if (slots && segment->in_use + free != segment->used) return "slots are miscounted";
+    if (segment->listed != (segment->in_use && segment->in_use < slots)) return "a segment is listed wrongly";
     return NULL;
 }
 
@@ -171,8 +165,8 @@ const char *check_slab(const struct slab *slab, const struct table *table) {
             if (segment->slot_bytes != slab->classes[i].slot_bytes || ++partial > slab->segment_count)
                 return "a segment is among those of another size";
     if (partial != listed) return "a segment with free slots is lost";
-    /* As many bytes in blocks as in slots, and each block in a slot of its own size: then each has its own, for
-     * no two rows have the same slot. */
+    /* As many bytes in blocks as in slots, and each block in a slot of its own size that knows it: then each has its
+     * own. */
     for (uint32_t number = 1; number < table->used; number++) {
         const struct row *row = &table->rows[number];
         const struct segment *segment;
@@ -181,10 +175,9 @@ const char *check_slab(const struct slab *slab, const struct table *table) {
         if (offset >= slab->capacity_bytes) return "a block lies outside the slab";
         segment = &slab->segments[offset / slab->segment_bytes];
         if (segment->slot_bytes != slot_bytes_of(row->length)) return "a block lies in a slot of another size";
-        if (inside % segment->slot_bytes || segment->links[inside / segment->slot_bytes] != IN_USE)
-            return "a block lies in no slot in use";
-        for (uint32_t other = 1; other < number; other++)
-            if (table->rows[other].address == row->address) return "two blocks overlap";
+        if (inside / segment->slot_bytes >= segment->used ||
+            row_in(slab, table, segment, (uint32_t)(inside / segment->slot_bytes)) != number)
+            return "a block lies in a slot that does not know it";
         block_bytes += segment->slot_bytes;
     }
     if (used_bytes != block_bytes) return "the slots in use are not those of the blocks";

@@ -1,12 +1,8 @@
-/* Reservations of writers, and the room that is made for them. */
+/* Reservations of writers. */
 
 #include <string.h>
 
 #include "index.h"
-
-/* Bounds the work of one call where blocks of another length must go until a segment is free; the next one carries
- * on. */
-enum { MOST_SUGGESTIONS = 8192 };
 
 /* Undoes the reservation of a block. */
 static void abort_row(polar_index *index, uint32_t row) {
@@ -17,41 +13,6 @@ static void abort_row(polar_index *index, uint32_t row) {
 void abort_reservation(polar_index *index, struct holding *reservation) {
     for (uint32_t i = 0; i < reservation->count; i++) abort_row(index, reservation->rows[i]);
     end_holding(&index->reservations, reservation);
-}
-
-/* Evicts blocks of so many bytes that nobody writes, reads or continues; whether there were any. */
-static bool evict(polar_index *index, uint64_t wanted_bytes, uint32_t *suggestions) {
-    bool any = false;
-    while (wanted_bytes && *suggestions) {
-        uint32_t row = next_leaf(&index->eviction, &index->table);
-        uint64_t slot_bytes = slot_bytes_of(row_of(index, row)->length);
-        if (!row) break;
-        --*suggestions;
-        if (row_of(index, row)->leases) continue;
-        unlink_row(index, row);
-        discard(index, row);
-        index->counted.blocks--;
-        index->counted.evictions++;
-        wanted_bytes -= slot_bytes < wanted_bytes ? slot_bytes : wanted_bytes;
-        any = true;
-    }
-    return any;
-}
-
-/* Slots for new blocks, as far as there is room or can be made; how many. */
-static uint32_t make_room(polar_index *index, uint64_t length, uint32_t count, uint64_t *addresses) {
-    uint32_t got = allocate_slots(&index->slab, length, count, addresses), suggestions = MOST_SUGGESTIONS;
-    if (got == count || !fits(&index->slab, length)) return got;
-    /* Where there is room and no slot there is no memory to count slots by. */
-    while (got < count && !has_room(&index->slab, length)) {
-        /* Not more at a time: a segment that gets free may be all that was missing. */
-        uint64_t wanted_bytes = (count - got) * slot_bytes_of(length);
-        if (wanted_bytes > index->slab.segment_bytes) wanted_bytes = index->slab.segment_bytes;
-        if (!evict(index, wanted_bytes, &suggestions)) break;
-        got += allocate_slots(&index->slab, length, count - got, addresses + got);
-    }
-    end_suggestions(&index->eviction, &index->table);
-    return got;
 }
 
 /* Makes rows of those keys that are neither here nor being written, and says of the others what they are. How
@@ -97,19 +58,12 @@ static uint64_t reserve(polar_index *index, uint64_t owner, const uint8_t *keys,
         return 0;
     }
     added = at = add_new(index, keys, parents, count, reservation->rows, states);
-    got = make_room(index, length, added, addresses);
-    for (uint32_t i = 0; i < got; i++) {
-        row_of(index, reservation->rows[i])->address = addresses[i];
-        row_of(index, reservation->rows[i])->length = length;
-    }
+    got = make_room(index, reservation->rows, added, length);
     for (uint32_t i = added; i-- > got;) abort_row(index, reservation->rows[i]);
-    /* Addresses move from where they were put, at the front, to their keys' places. */
     for (uint32_t i = count; i--;) {
-        uint64_t address = 0;
-        if (states[i] == POLAR_RESERVED && --at < got) address = addresses[at];
-        addresses[i] = address;
+        if (states[i] == POLAR_RESERVED && --at < got) addresses[i] = row_of(index, reservation->rows[at])->address;
         /* One that is busy may have been so with an earlier place in this very call. */
-        if ((states[i] == POLAR_RESERVED && !address) ||
+        if ((states[i] == POLAR_RESERVED && !addresses[i]) ||
             (states[i] == POLAR_BUSY && row_of(index, find_row(&index->table, key_at(keys, i)))->state != RESERVED))
             states[i] = POLAR_NO_ROOM;
     }

@@ -1,0 +1,97 @@
+/* Room for new blocks: what others must go for them. */
+
+#include "index.h"
+
+enum {
+    MOST_EVICTED = 8192, /* bounds the work of one call; the next one carries on */
+    CANDIDATES = 16,     /* segments of which one is emptied */
+};
+
+static void drop(polar_index *index, uint32_t row) {
+    unlink_row(index, row);
+    discard(index, row);
+    index->counted.blocks--;
+    index->counted.evictions++;
+}
+
+/* Evicts leaves of so many bytes, the oldest first; whether there were as many. */
+static bool evict(polar_index *index, uint64_t wanted_bytes, uint32_t *allowed) {
+    while (wanted_bytes && *allowed) {
+        uint32_t row = next_leaf(&index->eviction, &index->table, index->tick);
+        uint64_t slot_bytes = slot_bytes_of(row_of(index, row)->length);
+        if (!row) break;
+        drop(index, row);
+        --*allowed;
+        wanted_bytes -= slot_bytes < wanted_bytes ? slot_bytes : wanted_bytes;
+    }
+    return !wanted_bytes;
+}
+
+/* What it costs to empty a segment: each block counts for the less, the longer nobody has used it. Negative if one of
+ * them has to stay. */
+static double loss_of(polar_index *index, const struct segment *segment) {
+    double loss = 0;
+    for (uint32_t slot = 0; slot < segment->used; slot++) {
+        const struct row *row = row_of(index, row_in(&index->slab, &index->table, segment, slot));
+        if (row->state == UNUSED) continue;
+        if (row->state != COMMITTED || row->leases) return -1;
+        loss += (double)segment->slot_bytes / (double)(1 + index->tick - row->last_use);
+    }
+    return loss;
+}
+
+/* Makes a segment free at the least loss among some; whether there was one. Its heads may go before their tails. */
+static bool empty_segment(polar_index *index, uint32_t *allowed) {
+    struct slab *slab = &index->slab;
+    struct segment *chosen = NULL;
+    double least = 0;
+    for (uint32_t looked = 0, found = 0; looked < slab->segment_count && found < CANDIDATES; looked++) {
+        struct segment *segment = &slab->segments[slab->hand++ % slab->segment_count];
+        double loss = loss_of(index, segment);
+        if (loss < 0) continue;
+        if (!found++ || loss < least) {
+            chosen = segment;
+            least = loss;
+        }
+    }
+    for (uint32_t slot = 0; chosen && chosen->in_use; slot++) {
+        uint32_t row = row_in(slab, &index->table, chosen, slot);
+        if (!row) continue;
+        drop(index, row);
+        if (*allowed) --*allowed;
+    }
+    return chosen;
+}
+
+static uint32_t give_slots(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length) {
+    uint32_t given = 0;
+    uint64_t address;
+    while (given < count && (address = allocate_slot(&index->slab, length, rows[given]))) {
+        struct row *row = row_of(index, rows[given++]);
+        row->address = address;
+        row->length = length;
+    }
+    return given;
+}
+
+uint32_t make_room(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length) {
+    uint32_t got = give_slots(index, rows, count, length), allowed = MOST_EVICTED;
+    uint64_t slot_bytes = slot_bytes_of(length);
+    if (!fits(&index->slab, length)) return got;
+    /* Where there is room and no slot there is no memory to count slots by. */
+    while (got < count && !has_room(&index->slab, length)) {
+        /* Not more at a time: a segment that gets free may be all that was missing. */
+        uint64_t wanted_bytes = (count - got) * slot_bytes;
+        uint32_t before = got;
+        bool enough;
+        if (wanted_bytes > index->slab.segment_bytes) wanted_bytes = index->slab.segment_bytes;
+        enough = evict(index, wanted_bytes, &allowed);
+        got += give_slots(index, rows + got, count - got, length);
+        if (!enough) break;
+        /* Mostly slots of other lengths, of which a whole segment might not get free before the pool is empty. */
+        if (2 * (got - before) < wanted_bytes / slot_bytes && !has_room(&index->slab, length))
+            empty_segment(index, &allowed);
+        got += give_slots(index, rows + got, count - got, length);
+    }
+    return got;
+}
