@@ -506,9 +506,7 @@ def test_leaves_that_are_held_do_not_stop_writers():
     assert pool.present(held) == [True] * 8192
     pool.index.release(7, hold.number)
     assert pool.put(chain("newer", 8)) == bytes([KeyState.RESERVED] * 8)
-    assert pool.present(held) == [False] * 8 + [True] * 8184, (
-        "the oldest go again once nobody holds them"
-    )
+    assert pool.present(held) == [False] * 8 + [True] * 8184, "the oldest go again once nobody holds them"
 
 
 def test_one_long_chain_goes_as_quickly_as_many_short_ones():
