@@ -129,14 +129,15 @@ class PoolClient:
             self._put_lane, self.membership, self._requests, self._memory, deadline_s=deadline_s
         )
 
-    def register(self, address: int, length: int, *, cuda: bool = False) -> None:
+    def register(self, address: int, length: int, *, cuda: bool = False, populate: bool = True) -> None:
         """Let the pool read and write ``length`` bytes at ``address``; blocks may only lie in such memory.
 
-        ``cuda``: it is a GPU's. Raises TransportError.
+        ``cuda``: it is a GPU's. ``populate``: have memory that is not backed by pages yet backed by them, so
+        that the first reads do not wait for it. Raises TransportError.
         """
         if cuda and self.no_gpu_memory is not None:
             raise TransportError(f"a GPU's memory cannot be registered: {self.no_gpu_memory}")
-        self._memory.register(address, length, cuda=cuda)
+        self._memory.register(address, length, cuda=cuda, populate=populate)
 
     def statistics(self) -> PoolStatistics:
         """A snapshot of the counters."""

@@ -41,8 +41,8 @@ class LocalMemory:
         self._context = context
         self.regions = Regions()
 
-    def register(self, address: int, length: int, *, cuda: bool = False) -> None:
-        """Register ``length`` bytes at ``address``, of a GPU if ``cuda``.
+    def register(self, address: int, length: int, *, cuda: bool = False, populate: bool = True) -> None:
+        """Register ``length`` bytes at ``address``, of a GPU if ``cuda``, and ``populate`` what has no pages.
 
         TransportError if UCX or the memlock limit refuses.
         """
@@ -50,7 +50,7 @@ class LocalMemory:
             inside = known.address <= address and address + length <= known.address + known.length
             if inside and known.cuda == cuda:
                 return
-        if not cuda:
+        if populate and not cuda:
             _back_by_pages(address, length)
         memory = self._context.register(address, length, cuda=cuda)
         memories = tuple(sorted((*self.regions.memories, memory), key=lambda item: item.address))

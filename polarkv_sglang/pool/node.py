@@ -302,6 +302,7 @@ async def _listening(node: MemoryNode) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        node.service.closing = True
         server.close()
         for session in tuple(node.service.sessions):
             session.abort()

@@ -58,6 +58,7 @@ class Replicator:
         self._lock = threading.Lock()
         self._queued_blocks = 0  # under the lock
         self._clients: dict[str, PoolClient] = {}
+        self._stopping = threading.Event()
 
     def submit(self, keys: bytes, target: str) -> None:
         """Copy these blocks to ``target`` some time; what we do not have or cannot queue is left out."""
@@ -69,7 +70,7 @@ class Replicator:
         self._loop.call_soon_threadsafe(self._jobs.put_nowait, _Job(target, keys))
 
     async def run(self) -> None:
-        """Work until cancelled; a batch that is under way then is finished first."""
+        """Work until cancelled; a put that is under way then is finished first."""
         try:
             while True:
                 job = await self._jobs.get()
@@ -80,6 +81,7 @@ class Replicator:
                 try:
                     await asyncio.shield(copying)
                 except asyncio.CancelledError:
+                    self._stopping.set()
                     await copying
                     raise
                 except Exception:  # one bad target must not end the copying to others
@@ -117,11 +119,14 @@ class Replicator:
                 self._clients.pop(next(iter(self._clients))).close()
             client = self._connect(job.target)
             try:
-                client.register(self._memory.base_address, self._memory.capacity_bytes)
+                # What is read from it has its pages; the rest is not for us to take.
+                client.register(self._memory.base_address, self._memory.capacity_bytes, populate=False)
             except BaseException:
                 client.close()
                 raise
             self._clients[job.target] = client
             client.membership.wait_tried(_CONNECT_S)
         for group in groups:
+            if self._stopping.is_set():
+                return
             client.put(*group)

@@ -78,6 +78,7 @@ class Service:
     sessions: set[Session] = field(default_factory=set)
     refused: Counter[str] = field(default_factory=Counter)  # handshakes, by reason
     bad_frames: int = 0
+    closing: bool = False  # the node is going: no session may begin that nobody would end
     owners: Iterator[int] = field(default_factory=itertools.count)
     # A read into it is looked at before the next, whoever's it is.
     scratch: memoryview = field(default_factory=lambda: memoryview(bytearray(_SCRATCH_BYTES)))
@@ -120,7 +121,7 @@ class Session(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop has transports of its own, which only behave like one.
         self._transport = cast(asyncio.Transport, transport)
-        if self._service.streams.closed:  # the node is going
+        if self._service.closing:
             self._transport.abort()
         peer: socket.socket = transport.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 
@@ -23,10 +24,12 @@ def flags(ucx_tls: str | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def a_pool(copies: int = 2, ucx_tls: str | None = None) -> Iterator[tuple[Rank, dict[str, RunningNode]]]:
+def a_pool(
+    copies: int = 2, ucx_tls: str | None = None, *more: str
+) -> Iterator[tuple[Rank, dict[str, RunningNode]]]:
     """A rank over two memory nodes; with two of them, a stripe's copy is on the other one."""
     with contextlib.ExitStack() as stack:
-        nodes = stack.enter_context(running_nodes(2, "64MiB", *flags(ucx_tls)))
+        nodes = stack.enter_context(running_nodes(2, "64MiB", *flags(ucx_tls), *more))
         addresses = [node.address for node in nodes]
         rank = stack.enter_context(a_rank(*addresses, copies=copies, deadline_s=DEADLINE_S, ucx_tls=ucx_tls))
         wait_until_live(rank, 2)
@@ -59,6 +62,28 @@ def test_a_stripe_that_is_read_again_is_copied_and_outlives_its_home(ucx_tls: st
         assert time.monotonic() - started < 2 * DEADLINE_S
         assert (rank.memory[:, :PAGES] == before[:, :PAGES]).all()
         assert rank.client.peek(blocks) == PAGES
+
+
+def slab_bytes(node: RunningNode) -> int:
+    """Of its slab, what is backed by memory."""
+    with node.connect() as control:
+        shared = control.welcome.shared
+    assert shared is not None
+    return os.stat(f"/proc/{shared.pid}/fd/{shared.fd}").st_blocks * 512
+
+
+def test_a_node_that_copies_takes_no_memory_for_it() -> None:
+    """Its slab is registered with a client then, which takes memory for what others register."""
+    with a_pool(2, None, "--no-prefault") as (rank, nodes):
+        blocks = prompt("hot", PAGES)
+        rank.put(blocks)
+        before = {address: slab_bytes(node) for address, node in nodes.items()}
+        assert all(taken < 16 << 20 for taken in before.values())
+        for _ in range(2):
+            assert rank.get(blocks) == [True] * PAGES
+        for node in nodes.values():
+            wait_until_held(node, PAGES)
+        assert all(slab_bytes(node) < 16 << 20 for node in nodes.values())
 
 
 def test_a_home_that_lost_its_stripe_gets_it_back_from_the_copy() -> None:
