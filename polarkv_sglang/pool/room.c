@@ -14,17 +14,17 @@ static void drop(polar_index *index, uint32_t row) {
     index->counted.evictions++;
 }
 
-/* Evicts leaves of so many bytes, the oldest first; whether there were as many. */
+/* Evicts the oldest leaves, of so many bytes or as many as are allowed; whether there were so many. */
 static bool evict(polar_index *index, uint64_t wanted_bytes, uint32_t *allowed) {
     while (wanted_bytes && *allowed) {
         uint32_t row = next_leaf(&index->eviction, &index->table, index->tick);
         uint64_t slot_bytes = slot_bytes_of(row_of(index, row)->length);
-        if (!row) break;
+        if (!row) return false;
         drop(index, row);
         --*allowed;
         wanted_bytes -= slot_bytes < wanted_bytes ? slot_bytes : wanted_bytes;
     }
-    return !wanted_bytes;
+    return true;
 }
 
 /* What it costs to empty a segment: each block counts for the less, the longer nobody has used it. Negative if one of
@@ -40,8 +40,8 @@ static double loss_of(polar_index *index, const struct segment *segment) {
     return loss;
 }
 
-/* Makes a segment free at the least loss among some; whether there was one. Its heads may go before their tails. */
-static bool empty_segment(polar_index *index, uint32_t *allowed) {
+/* Makes a segment free, if one can be, at the least loss among some. Its heads may go before their tails. */
+static void empty_segment(polar_index *index) {
     struct slab *slab = &index->slab;
     struct segment *chosen = NULL;
     double least = 0;
@@ -56,11 +56,8 @@ static bool empty_segment(polar_index *index, uint32_t *allowed) {
     }
     for (uint32_t slot = 0; chosen && chosen->in_use; slot++) {
         uint32_t row = row_in(slab, &index->table, chosen, slot);
-        if (!row) continue;
-        drop(index, row);
-        if (*allowed) --*allowed;
+        if (row) drop(index, row);
     }
-    return chosen;
 }
 
 static uint32_t give_slots(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length) {
@@ -79,7 +76,7 @@ uint32_t make_room(polar_index *index, const uint32_t *rows, uint32_t count, uin
     uint64_t slot_bytes = slot_bytes_of(length);
     if (!fits(&index->slab, length)) return got;
     /* Where there is room and no slot there is no memory to count slots by. */
-    while (got < count && !has_room(&index->slab, length)) {
+    while (got < count && allowed && !has_room(&index->slab, length)) {
         /* Not more at a time: a segment that gets free may be all that was missing. */
         uint64_t wanted_bytes = (count - got) * slot_bytes;
         uint32_t before = got;
@@ -90,7 +87,7 @@ uint32_t make_room(polar_index *index, const uint32_t *rows, uint32_t count, uin
         if (!enough) break;
         /* Mostly slots of other lengths, of which a whole segment might not get free before the pool is empty. */
         if (2 * (got - before) < wanted_bytes / slot_bytes && !has_room(&index->slab, length))
-            empty_segment(index, &allowed);
+            empty_segment(index);
         got += give_slots(index, rows + got, count - got, length);
     }
     return got;

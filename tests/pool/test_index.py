@@ -481,6 +481,14 @@ def test_blocks_of_another_length_cost_about_as_much_as_they_take():
     pool.index.check_integrity()
 
 
+def test_many_small_blocks_make_room_for_large_ones():
+    """More of them than one call may evict: a segment of theirs is emptied all the same."""
+    pool = Pool(segments=2, segment_bytes=16384 * SLOT, checked=False)
+    pool.fill(2 * 16384, 64)
+    assert pool.put(chain("large", 1), length=16384 * SLOT) == bytes([KeyState.RESERVED])
+    assert pool.index.statistics().blocks > 8000
+
+
 def test_a_segment_with_a_block_that_is_written_or_read_is_not_emptied():
     pool, read = Pool(), chain("a", 1) + chain("b", 1)
     for name in "abcd":
