@@ -130,7 +130,8 @@ class Index:
         """Slots for new blocks of ``length`` bytes, for RESERVATION_S seconds; evicts where it must.
 
         Keys come in prefix order. Once one finds no room, later ones get none: without their head they would
-        be useless. Where nothing else is left, what is told to be present may go for what is new.
+        be useless. Where little else is left, or the length is another than that of most blocks, what is told
+        to be present may go for what is new.
         """
         count = _count(keys, parents)
         addresses, states = bytearray(8 * count), bytearray(count)

@@ -4,7 +4,8 @@
 
 enum {
     MOST_EVICTED = 8192, /* bounds the work of one call; the next one carries on */
-    CANDIDATES = 16,     /* segments of which one is emptied */
+    CANDIDATES = 16,     /* segments of which one is emptied; others have to stay as they are */
+    MOST_LOOKED_AT = 256,
 };
 
 static void drop(polar_index *index, uint32_t row) {
@@ -40,12 +41,13 @@ static double loss_of(polar_index *index, const struct segment *segment) {
     return loss;
 }
 
-/* Makes a segment free, if one can be, at the least loss among some. Its heads may go before their tails. */
-static void empty_segment(polar_index *index) {
+/* Makes a segment free at the least loss among some; whether one could be. Its heads may go before their tails. */
+static bool empty_segment(polar_index *index) {
     struct slab *slab = &index->slab;
     struct segment *chosen = NULL;
     double least = 0;
-    for (uint32_t looked = 0, found = 0; looked < slab->segment_count && found < CANDIDATES; looked++) {
+    uint32_t most = slab->segment_count < MOST_LOOKED_AT ? slab->segment_count : MOST_LOOKED_AT;
+    for (uint32_t looked = 0, found = 0; looked < most && found < CANDIDATES; looked++) {
         struct segment *segment = &slab->segments[slab->hand++ % slab->segment_count];
         double loss = loss_of(index, segment);
         if (loss < 0) continue;
@@ -58,6 +60,7 @@ static void empty_segment(polar_index *index) {
         uint32_t row = row_in(slab, &index->table, chosen, slot);
         if (row) drop(index, row);
     }
+    return chosen;
 }
 
 static uint32_t give_slots(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length) {
@@ -74,21 +77,19 @@ static uint32_t give_slots(polar_index *index, const uint32_t *rows, uint32_t co
 uint32_t make_room(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length) {
     uint32_t got = give_slots(index, rows, count, length), allowed = MOST_EVICTED;
     uint64_t slot_bytes = slot_bytes_of(length);
+    bool mixed = false; /* mostly slots of other lengths get free: the pool might be empty before a segment is */
     if (!fits(&index->slab, length)) return got;
     /* Where there is room and no slot there is no memory to count slots by. */
-    while (got < count && allowed && !has_room(&index->slab, length)) {
+    while (got < count && (allowed || mixed) && !has_room(&index->slab, length)) {
         /* Not more at a time: a segment that gets free may be all that was missing. */
         uint64_t wanted_bytes = (count - got) * slot_bytes;
         uint32_t before = got;
-        bool enough;
+        bool more;
         if (wanted_bytes > index->slab.segment_bytes) wanted_bytes = index->slab.segment_bytes;
-        enough = evict(index, wanted_bytes, &allowed);
+        more = mixed ? empty_segment(index) : evict(index, wanted_bytes, &allowed);
         got += give_slots(index, rows + got, count - got, length);
-        if (!enough) break;
-        /* Mostly slots of other lengths, of which a whole segment might not get free before the pool is empty. */
-        if (2 * (got - before) < wanted_bytes / slot_bytes && !has_room(&index->slab, length))
-            empty_segment(index);
-        got += give_slots(index, rows + got, count - got, length);
+        if (!more) break;
+        mixed = mixed || 2 * (got - before) < wanted_bytes / slot_bytes;
     }
     return got;
 }

@@ -113,9 +113,10 @@ class _Slot:
         sums = bytearray((_SUM_BYTES + 1) * blocks)
         # Of the arrays, not of the views: Python before 3.13 crashes when it collects a view with a buffer.
         buffers = self._from_buffer(self._bytes, reply), self._from_buffer(self._words, sums)
+        views = memoryview(reply), memoryview(sums)
         # All or nothing, as above.
         self._room, self._buffers = blocks, buffers
-        self._reply, self._sums = memoryview(reply), memoryview(sums)
+        self._reply, self._sums = views
         self._channel.reply, self._channel.checksums = buffers
         self._channel.reply_capacity = len(reply)
 

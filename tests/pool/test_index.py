@@ -489,19 +489,31 @@ def test_many_small_blocks_make_room_for_large_ones():
     assert pool.index.statistics().blocks > 8000
 
 
-def test_a_segment_with_a_block_that_is_written_or_read_is_not_emptied():
-    pool, read = Pool(), chain("a", 1) + chain("b", 1)
+@pytest.mark.parametrize("written", [False, True])
+def test_a_segment_with_a_block_that_is_written_or_held_is_not_emptied(written: bool):
+    pool, oldest = Pool(), chain("a", 1)
     for name in "abcd":
         pool.put(chain(name, 4))
-    pool.index.locate(1, read, 60.0)
-    written = pool.index.reserve(2, chain("e", 1), [NO_PARENT], SLOT)
-    before = pool.index.locate(1, read, 60.0)
-    for number in range(6):
-        pool.put(chain(f"{number}", 2), length=2 * SLOT)
-        assert pool.present(chain(f"{number}", 2)) == [True] * 2
-        now = pool.index.locate(1, read, 60.0)
-        assert (now.addresses, now.generations) == (before.addresses, before.generations)
-    assert pool.index.commit(2, written.number, b"\1", [7]) == 1
+    if written:  # where the oldest tail was
+        number = pool.index.reserve(2, chain("e", 1), [NO_PARENT], SLOT).number
+    else:  # which is no use
+        number = pool.index.hold(2, oldest, 30.0).number
+    assert number
+    for name in "012345":
+        pool.put(chain(name, 2), length=2 * SLOT)
+        assert pool.present(chain(name, 2)) == [True] * 2
+        assert written or pool.present(oldest) == [True]
+    if written:
+        assert pool.index.commit(2, number, b"\1", [7]) == 1
+
+
+def test_where_no_segment_can_be_emptied_little_goes():
+    pool = Pool(segments=64, segment_bytes=512 * SLOT, checked=False)
+    keys = pool.fill(64 * 512, 1)
+    assert pool.index.hold(2, keys[511::512], 30.0).number
+    before = pool.index.statistics().blocks
+    assert pool.put(chain("x", 1), length=2 * SLOT) == bytes([KeyState.NO_ROOM])
+    assert before - pool.index.statistics().blocks <= 2
 
 
 def test_leaves_that_are_held_do_not_stop_writers():
