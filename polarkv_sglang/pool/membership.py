@@ -103,7 +103,7 @@ class Membership:
     def close(self) -> None:
         """Stop the connector; the lanes are closed by their owner after this.
 
-        It may be slow to end, but begins no step any more: one step takes less than we wait for it.
+        It may be slow to end, but begins no step any more, and one that uses a lane takes less than we wait.
         """
         with self._changed:
             self._closing = True
