@@ -21,6 +21,7 @@ enum {
     CHUNK = 4096,
     VECTOR = 16,              /* bytes of one streaming store */
     CACHE_LINE = 64,
+    AHEAD = CHUNK, /* bytes between what is copied and what memory is to bring */
     FAULT_AROUND = 64 * 1024, /* that Linux maps at a read fault */
 };
 
@@ -41,20 +42,38 @@ uint64_t checksum_of(const struct block *block) {
     return block->hash(block->digests, chunk_count(block->length) * sizeof(*block->digests));
 }
 
-/* Copies past the caches: memory is not read before it is written, and the cache keeps what it held. */
-static void stream(uint8_t *to, const uint8_t *from, size_t length) {
+/* Copies past the caches: memory is not read before it is written, and the cache keeps what it held. Unless NULL,
+ * `kept` gets the same bytes, once read, in the cache. While they go out memory brings those that lie AHEAD of them,
+ * as far as the `readable` ones go: the processor by itself stops at the end of a page. */
+static inline void stream(uint8_t *to, uint8_t *kept, const uint8_t *from, size_t length, size_t readable) {
+    size_t at = 0;
 #ifdef __SSE2__
     size_t head = -(uintptr_t)to % VECTOR;
-    if (length >= head + VECTOR) {
+    if (length >= head + CACHE_LINE) {
         memcpy(to, from, head);
-        for (to += head, from += head, length -= head; length >= VECTOR; length -= VECTOR) {
-            _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
-            to += VECTOR;
-            from += VECTOR;
+        if (kept) memcpy(kept, to, head);
+        for (at = head; length - at >= CACHE_LINE; at += CACHE_LINE) {
+            const __m128i *source = (const __m128i *)(from + at);
+            __m128i *target = (__m128i *)(to + at), *copy = (__m128i *)(kept + at);
+            __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+            __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+            if (at + AHEAD < readable) __builtin_prefetch(from + at + AHEAD);
+            _mm_stream_si128(target, a);
+            _mm_stream_si128(target + 1, b);
+            _mm_stream_si128(target + 2, c);
+            _mm_stream_si128(target + 3, d);
+            if (!kept) continue;
+            _mm_storeu_si128(copy, a);
+            _mm_storeu_si128(copy + 1, b);
+            _mm_storeu_si128(copy + 2, c);
+            _mm_storeu_si128(copy + 3, d);
         }
     }
+#else
+    (void)readable;
 #endif
-    memcpy(to, from, length);
+    if (kept) from = memcpy(kept + at, from + at, length - at) - at;
+    memcpy(to + at, from + at, length - at);
 }
 
 void drain_stores(void) {
@@ -93,27 +112,17 @@ void digest(const struct block *block, uint64_t from, uint64_t to) {
     }
 }
 
-/* Has memory bring what comes next while a chunk is hashed: the processor by itself stops at the end of a page. */
-static void fetch(const uint8_t *start, uint64_t length) {
-    for (uint64_t line = 0; line < length; line += CACHE_LINE) __builtin_prefetch(start + line);
-}
-
-/* The peer may change shared memory at any time: what is hashed and what is handed on is one private copy. */
+/* The peer may change shared memory at any time: what is hashed and what is handed on is read once. */
 void read_shared(const struct block *block, const uint8_t *shared, uint64_t from, uint64_t to) {
-    uint8_t buffer[CHUNK] __attribute__((aligned(64)));
+    uint8_t chunk[CHUNK] __attribute__((aligned(CACHE_LINE)));
     for (; from < to; from += CHUNK) {
         uint64_t length = least(CHUNK, to - from);
-        const uint8_t *chunk = shared + from;
-        fetch(chunk + length, least(CHUNK, to - from - length));
-        if (block->hash) {
-            chunk = memcpy(buffer, chunk, length);
-            block->digests[from / CHUNK] = block->hash(chunk, length);
-        }
         for (uint64_t done = 0, part; done < length; done += part) {
             part = length - done;
             uint8_t *piece = span(block, from + done, &part);
-            stream(piece, chunk + done, part);
+            stream(piece, block->hash ? chunk + done : NULL, shared + from + done, part, block->length - from - done);
         }
+        if (block->hash) block->digests[from / CHUNK] = block->hash(chunk, length);
     }
 }
 
@@ -126,12 +135,11 @@ static void map_around(const uint8_t *shared) {
 void write_shared(const struct block *block, uint8_t *shared, uint64_t from, uint64_t to) {
     uint8_t buffer[CHUNK];
     for (; from < to; from += CHUNK) {
-        uint64_t length = least(CHUNK, to - from);
+        uint64_t length = least(CHUNK, to - from), readable = block->piece_bytes - from % block->piece_bytes;
         const uint8_t *chunk = chunk_at(block, from, length, buffer);
-        fetch(chunk + length, least(CHUNK, to - from - length));
         if (from == 0 || (uintptr_t)(shared + from) % FAULT_AROUND < CHUNK) map_around(shared + from);
+        stream(shared + from, NULL, chunk, length, chunk == buffer ? 0 : readable);
         if (block->hash) block->digests[from / CHUNK] = block->hash(chunk, length);
-        stream(shared + from, chunk, length);
     }
 }
 
