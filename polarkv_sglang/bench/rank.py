@@ -145,6 +145,13 @@ class Rank:
         """Seconds of each put."""
         return [self._timed("put", batch, self._arena.source) for batch in batches]
 
+    def look_up(self, batches: Sequence[Batch]) -> None:
+        """Ask whether they are there, as engines do before they read; NodeError if they are not."""
+        for batch in batches:
+            found = self.client.peek(batch.blocks)
+            if found < len(batch.blocks):
+                raise NodeError(f"a look-up of {batch} blocks found {found} of them: {self._why()}")
+
     def get(self, batches: Sequence[Batch]) -> list[float]:
         """Seconds of each get; the arena's ``wipe`` before and ``verify`` after show what it brought."""
         return [self._timed("get", batch, self._arena.target) for batch in batches]
@@ -158,12 +165,13 @@ class Rank:
         done = operate(batch.blocks, pieces)
         elapsed = time.perf_counter() - started
         if not done.all():
-            why = "; ".join(self.client.membership.reasons().values())
-            raise NodeError(
-                f"a {op} of {batch} blocks did {int(done.sum())} of them: "
-                f"{why or 'no node failed: one has no room, or lost the rest to others meanwhile'}"
-            )
+            raise NodeError(f"a {op} of {batch} blocks did {int(done.sum())} of them: {self._why()}")
         return elapsed
+
+    def _why(self) -> str:
+        """Why blocks may be missing."""
+        reasons = "; ".join(self.client.membership.reasons().values())
+        return reasons or "no node failed: one has no room, or lost the rest to others meanwhile"
 
 
 @contextlib.contextmanager

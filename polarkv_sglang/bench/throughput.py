@@ -24,8 +24,8 @@ TRANSPORTS: dict[str, str | None] = {"shm": None, "cma": "cma,tcp", "tcp": "tcp"
 
 _OPS: tuple[Literal["put"], Literal["get"]] = ("put", "get")
 # One sample: as many batches as make this many bytes, so that a short batch is not one chance.
-_SAMPLE_BYTES = 32 << 20
-_MAX_CALLS = 16
+_SAMPLE_BYTES = 64 << 20
+_MAX_CALLS = 64
 _MAX_BUSY_CALLS = 4  # each waits some switch intervals for the GIL
 
 
@@ -229,6 +229,7 @@ class _Size:
         self._run_raw_puts(raw, blocks)
         arena.wipe(batches)
         self._samples["put", blocks].append(total / sum(rank.put(batches)) / 1e9)
+        rank.look_up(batches)
         self._samples["get", blocks].append(total / sum(rank.get(batches)) / 1e9)
         arena.verify(batches)
 
@@ -236,7 +237,9 @@ class _Size:
         total = sum(batch.bytes for batch in batches)
         arena.wipe(batches)
         with busy_thread():
-            put_s, get_s = sum(rank.put(batches)), sum(rank.get(batches))
+            put_s = sum(rank.put(batches))
+            rank.look_up(batches)
+            get_s = sum(rank.get(batches))
         self._samples["busy put", blocks].append(total / put_s / 1e9)
         self._samples["busy get", blocks].append(total / get_s / 1e9)
         arena.verify(batches)

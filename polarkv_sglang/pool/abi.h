@@ -1,13 +1,15 @@
 /* Declarations that the memory node's C files and, through cffi, native.py share: one text, so that both agree
  * on layouts. No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h>. */
 
-enum { POLAR_ABI = 3 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 4 }; /* of this file: raised with its every change */
 
 /* As in transport/messages.py. */
 enum { POLAR_MAX_KEYS = 8192, POLAR_MAX_PULL_PARTS = 64, POLAR_MAX_PULL_RUNS = 1 << 14 };
 
 /* What became of a key that was to be reserved: transport/messages.py, KeyState. */
 enum { POLAR_RESERVED = 0, POLAR_PRESENT = 1, POLAR_NO_ROOM = 2, POLAR_BUSY = 3 };
+
+enum { POLAR_MOST_GRANTED = 256 }; /* slots that one client has ahead */
 
 typedef struct polar_index polar_index;
 
@@ -19,6 +21,7 @@ typedef struct {
     int64_t longest_lease_ns;
     uint64_t most_leased_rows; /* that the leases of one owner have in all; a lease counts as some */
     uint64_t most_held_bytes;  /* that leases may keep when a request that only waits asks for one more */
+    uint64_t most_granted_bytes; /* that one client has ahead */
     uint32_t eviction_batch;   /* leaves that are put in order at a time */
     uint64_t directory;        /* address; see transport/directory.h */
     uint64_t directory_entries; /* a multiple of 4; 0: there is none */
@@ -27,6 +30,7 @@ typedef struct {
 typedef struct {
     uint64_t capacity_bytes;
     uint64_t used_bytes;
+    uint64_t granted_bytes;
     uint64_t blocks;
     uint64_t reservations;
     uint64_t leases;
@@ -109,6 +113,10 @@ void polar_peek(polar_index *index, const uint8_t *keys, uint32_t count, uint8_t
 void polar_describe(polar_index *index, const uint8_t *keys, uint32_t count, uint8_t *parents, uint64_t *lengths);
 void polar_expire(polar_index *index, int64_t now_ns);
 void polar_statistics(polar_index *index, polar_index_statistics *statistics);
+int polar_open_ring(polar_index *index, uint64_t owner, uint64_t ring); /* an address; 0: no memory for it */
+void polar_close_ring(polar_index *index, uint64_t owner);
+uint32_t polar_grant(polar_index *index, uint64_t owner, uint64_t length, uint32_t count, int64_t now_ns,
+                     uint64_t *addresses); /* how many */
 const char *polar_check(polar_index *index); /* what does not agree, or NULL; for tests: takes O(n) */
 
 int polar_send(const polar_delivery *delivery); /* 0, or an errno: ETIMEDOUT, or the socket's */

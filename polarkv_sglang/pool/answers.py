@@ -11,6 +11,8 @@ from polarkv_sglang.transport.messages import (
     Committed,
     Fill,
     FromClient,
+    Grant,
+    Granted,
     Held,
     Hold,
     Locate,
@@ -52,6 +54,8 @@ def answer(index: Index, notes: Notes, owner: int, request: FromClient) -> Messa
         case Reserve():
             reservation = index.reserve(owner, request.keys, request.parents, request.length)
             return Reserved(request.request_id, *reservation)
+        case Grant():
+            return Granted(request.request_id, index.grant(owner, request.length, request.slots))
         case Commit():
             try:
                 count = index.commit(owner, request.reservation, request.mask, request.checksum_blob)

@@ -6,18 +6,18 @@
 
 static const char *check_row(const struct table *table, uint32_t number) {
     const struct row *row = &table->rows[number];
-    bool here = row->state == RESERVED || row->state == COMMITTED || row->state == DROPPED;
-    bool named = here || row->state == ABSENT;
-    if (!named && (!is_none(row->key) || row->leases)) return "a row of no block is not blank";
+    bool here = row->state == RESERVED || row->state == COMMITTED || row->state == GRANTED || row->state == DROPPED;
+    bool named = is_named(row);
+    if (!named && row->state != DROPPED && (!is_none(row->key) || row->leases)) return "a row of no block is not blank";
     if (!here && (row->address || row->length || row->checksum || row->generation || !is_none(row->parent)))
         return "a row of a block that is not here tells of one";
     if (here && !(row->address && row->generation)) return "a block has no slot or no generation";
     if ((row->state == COMMITTED || row->state == DROPPED) != (row->last_use > 0))
         return "a block that can be read was never used, or another was";
-    if ((named && row->state != DROPPED) != (find_row(table, row->key) == number))
+    if (named != (find_row(table, row->key) == number))
         return "a row is found by another key, or not by its own";
     if (row->state == ABSENT && !row->children) return "a block is absent that nobody continues";
-    if ((!named || row->state == DROPPED) && row->children) return "a dropped block is continued";
+    if (!named && row->children) return "a dropped block is continued";
     for (uint32_t other = 1; here && other < number; other++)
         if (table->rows[other].generation == row->generation) return "two blocks share a generation";
     return NULL;
@@ -29,7 +29,7 @@ static const char *check_rows(const struct table *table) {
         const char *wrong = check_row(table, number);
         if (wrong) return wrong;
         unused += table->rows[number].state == UNUSED;
-        found += table->rows[number].state != UNUSED && table->rows[number].state != DROPPED;
+        found += is_named(&table->rows[number]);
     }
     for (uint32_t row = table->unused; row; row = table->rows[row].next)
         if (table->rows[row].state != UNUSED || ++listed > unused) return "a row in use is listed as unused";
@@ -88,6 +88,7 @@ static const char *check(const polar_index *index, uint32_t *counts) {
     if (!wrong) wrong = check_children(&index->table, counts);
     if (!wrong) wrong = check_reservations(index, counts + index->table.used);
     if (!wrong) wrong = check_leases(index, counts + 2 * (size_t)index->table.used);
+    if (!wrong) wrong = check_neighbours(index, counts + 3 * (size_t)index->table.used);
     if (!wrong) wrong = check_eviction(&index->eviction, &index->table);
     if (!wrong) wrong = check_directory(index);
     return wrong ? wrong : check_slab(&index->slab, &index->table);
@@ -97,7 +98,7 @@ const char *polar_check(polar_index *index) {
     const char *wrong = "there is no memory for a check";
     uint32_t *counts;
     pthread_mutex_lock(&index->lock);
-    counts = calloc(3 * (size_t)index->table.used, sizeof(*counts));
+    counts = calloc(4 * (size_t)index->table.used, sizeof(*counts));
     if (counts) wrong = check(index, counts);
     free(counts);
     pthread_mutex_unlock(&index->lock);

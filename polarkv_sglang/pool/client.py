@@ -31,6 +31,7 @@ from polarkv_sglang.transport.messages import MAX_LEASE_S, NotesRead, ReadNotes,
 
 # A lease is twice as long as its batch, drain included (reader.py), so none ends in a transfer.
 MAX_DEADLINE_S = MAX_LEASE_S / 2 - DRAIN_S
+_IN_THE_POOL = bytes(outcome > 0 for outcome in range(256))
 
 
 class PoolStatistics(NamedTuple):
@@ -126,7 +127,12 @@ class PoolClient:
             on_corrupt=self._corrupt,
         )
         self._writer = Writer(
-            self._put_lane, self.membership, self._requests, self._memory, deadline_s=deadline_s
+            self._put_lane,
+            self.membership,
+            self._requests,
+            self._memory,
+            self.library,
+            deadline_s=deadline_s,
         )
 
     def register(self, address: int, length: int, *, cuda: bool = False, populate: bool = True) -> None:
@@ -221,7 +227,7 @@ class PoolClient:
         counters["put_bytes"] += count * pieces.block_bytes
         counters["present_blocks"] += outcomes.count(PRESENT)
         counters["put_s"] += time.monotonic() - started if count else 0.0
-        return np.frombuffer(outcomes, np.uint8).astype(bool)
+        return np.frombuffer(bytearray(outcomes.translate(_IN_THE_POOL)), np.bool_)
 
     def write_notes(self, notes: Mapping[bytes, bytes]) -> None:
         """Leave small values, by 16-byte keys, on the memory nodes; best effort, the last one counts.

@@ -33,6 +33,7 @@ void polar_index_free(polar_index *index) {
             index->owners[bucket] = owner->next;
             free(owner);
         }
+    free_neighbours(index);
     holdings_close(&index->reservations);
     holdings_close(&index->leases);
     eviction_close(&index->eviction);
@@ -65,6 +66,18 @@ static void leave(polar_index *index, struct key parent) {
     } else {
         add_leaf(&index->eviction, index->table.rows, row);
     }
+}
+
+/* Lets everybody find a block that has its key, its slot and its bytes. */
+void make_visible(polar_index *index, uint32_t row, uint64_t checksum, uint64_t last_use) {
+    struct row *block = row_of(index, row);
+    block->state = COMMITTED;
+    block->checksum = checksum;
+    block->last_use = last_use;
+    publish(index, block);
+    add_leaf(&index->eviction, index->table.rows, row);
+    index->counted.blocks++;
+    index->counted.commits++;
 }
 
 /* Lets nobody find a block any more. What continues it has a row of its own then that stands for it. */
@@ -154,12 +167,13 @@ static void expire_reservations(polar_index *index, int64_t now_ns) {
 void expire(polar_index *index, int64_t now_ns) {
     expire_leases(index, now_ns);
     expire_reservations(index, now_ns);
+    expire_granted(index, now_ns);
 }
 
 /* ---- Calls. */
 
 void polar_report_corrupt(polar_index *index, const uint8_t *keys, const uint64_t *generations, uint32_t count) {
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t row = committed_row(index, key_at(keys, i));
         if (!row || row_of(index, row)->generation != generations[i]) continue;
@@ -175,14 +189,14 @@ void polar_report_corrupt(polar_index *index, const uint8_t *keys, const uint64_
 }
 
 void polar_peek(polar_index *index, const uint8_t *keys, uint32_t count, uint8_t *present) {
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     find(index, keys, count);
     for (uint32_t i = 0; i < count; i++) present[i] = index->found[i] > 0;
     pthread_mutex_unlock(&index->lock);
 }
 
 void polar_describe(polar_index *index, const uint8_t *keys, uint32_t count, uint8_t *parents, uint64_t *lengths) {
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     find(index, keys, count);
     for (uint32_t i = 0; i < count; i++) {
         const struct row *row = row_of(index, index->found[i]);
@@ -193,16 +207,17 @@ void polar_describe(polar_index *index, const uint8_t *keys, uint32_t count, uin
 }
 
 void polar_expire(polar_index *index, int64_t now_ns) {
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     expire(index, now_ns);
     pthread_mutex_unlock(&index->lock);
 }
 
 void polar_statistics(polar_index *index, polar_index_statistics *statistics) {
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     *statistics = index->counted;
     statistics->capacity_bytes = index->slab.capacity_bytes;
-    statistics->used_bytes = index->slab.used_bytes;
+    statistics->used_bytes = index->slab.used_bytes - index->granted_bytes;
+    statistics->granted_bytes = index->granted_bytes;
     statistics->reservations = index->reservations.count;
     statistics->leases = index->leases.count;
     pthread_mutex_unlock(&index->lock);

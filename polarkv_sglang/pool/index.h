@@ -25,6 +25,7 @@ enum state {
     ABSENT,    /* the block is not here, but others that continue it are */
     RESERVED,  /* it is being written */
     COMMITTED, /* it can be found */
+    GRANTED,   /* it has a slot, for a block of which nothing is known yet */
     DROPPED,   /* nobody can find it any more, but somebody reads it */
 };
 
@@ -58,10 +59,12 @@ bool table_has_room(struct table *table, uint32_t more); /* makes it, if it can;
 uint32_t find_row(const struct table *table, struct key key);
 void find_rows(const struct table *table, const uint8_t *keys, uint32_t count, uint32_t *rows);
 uint32_t add_row(struct table *table, struct key key, enum state state);
+void put_in(struct table *table, uint32_t row); /* to be found by its key */
 void put_in_place(struct table *table, uint32_t row, uint32_t of); /* `of` is not found any more */
 void take_out(struct table *table, uint32_t row);                  /* nor is `row` */
 uint32_t new_row(struct table *table);
 void free_row(struct table *table, uint32_t row);
+bool is_named(const struct row *row); /* it is found by its key */
 struct key key_at(const uint8_t *keys, uint32_t number);
 bool is_none(struct key key);
 
@@ -156,6 +159,13 @@ struct owner {
 
 enum { OWNER_BUCKETS = 4096 };
 
+/* ---- Neighbours: clients on this host, which have slots ahead and tell what they do. */
+
+void enter(polar_index *index); /* takes the lock, and hears what neighbours have told */
+void expire_granted(polar_index *index, int64_t now_ns);
+void free_neighbours(polar_index *index);
+const char *check_neighbours(const polar_index *index, uint32_t *counts);
+
 /* ---- Directory: what readers on this host find by themselves. */
 
 void publish(polar_index *index, const struct row *row);  /* it is committed */
@@ -172,6 +182,8 @@ struct polar_index {
     struct eviction eviction;
     struct holdings reservations, leases;
     struct owner *owners[OWNER_BUCKETS]; /* those that have leases */
+    struct neighbour *neighbours;
+    uint64_t granted_bytes; /* in slots that neighbours have ahead */
     uint64_t tick, generation;
     uint32_t found[POLAR_MAX_KEYS]; /* rows of a call's keys, where those can be found by readers; else 0 */
     polar_index_statistics counted;
@@ -185,6 +197,7 @@ static inline struct row *row_of(polar_index *index, uint32_t row) {
 uint32_t find(polar_index *index, const uint8_t *keys, uint32_t count);
 void use(polar_index *index, uint32_t count);           /* of the found blocks heads later than their tails */
 void join(polar_index *index, struct key parent);       /* a block will continue `parent` */
+void make_visible(polar_index *index, uint32_t row, uint64_t checksum, uint64_t last_use);
 void unlink_row(polar_index *index, uint32_t row);      /* nobody can find the block any more */
 void discard(polar_index *index, uint32_t row);         /* others get the slot and the row of an unlinked block */
 /* Gives blocks slots, in order, and evicts others for them; how many there was room for. */

@@ -16,7 +16,8 @@ from polarkv_sglang.pool.native import load_native
 from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.transport.directory import ENTRY_BYTES as DIRECTORY_ENTRY_BYTES
-from polarkv_sglang.transport.messages import MAX_KEYS, MAX_LEASE_S
+from polarkv_sglang.transport.directory import RING_BYTES
+from polarkv_sglang.transport.messages import MAX_GRANTED, MAX_KEYS, MAX_LEASE_S
 
 RESERVATION_S = 30.0
 # Of a slab, what leases may keep when a request that only waits asks for one more: the rest is room for what
@@ -24,6 +25,8 @@ RESERVATION_S = 30.0
 MOST_HELD = 0.5
 MOST_LEASED_ROWS = 1 << 21  # in the leases of one owner, in all: bounds what the node remembers for it
 EVICTION_BATCH = 32768
+_MOST_GRANTED_BYTES = 64 << 20
+_MOST_GRANTED = 1 / 64  # of a slab: engines of many ranks use one node
 
 _NS = 1_000_000_000
 _BYTES, _WORDS = "uint8_t[]", "uint64_t[]"
@@ -64,6 +67,7 @@ class IndexStatistics(NamedTuple):
 
     capacity_bytes: int
     used_bytes: int
+    granted_bytes: int
     blocks: int
     reservations: int
     leases: int
@@ -97,11 +101,15 @@ class Index:
         directory: SharedMemory | None = None,
         most_leased_rows: int = MOST_LEASED_ROWS,
         eviction_batch: int = EVICTION_BATCH,
+        most_granted: int | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """``directory``: where readers on this host find committed blocks; blank, and lives as long as this.
-        ``eviction_batch``: how many leaves are put in order at a time. Raises ConfigError if the slab has
-        more blocks than an index can tell apart, or there is no memory for it."""
+        ``eviction_batch``: how many leaves are put in order at a time. ``most_granted``: bytes that one owner
+        may have ahead, by default ``most_granted_bytes``. Raises ConfigError if the slab has more blocks than
+        an index can tell apart, or there is no memory for it."""
+        if most_granted is None:
+            most_granted = most_granted_bytes(slab.capacity_bytes)
         _, self._node, self._ffi = load_native()
         self._segment_bytes = slab.segment_bytes
         self._clock_ns = clock_ns
@@ -116,6 +124,7 @@ class Index:
                 "longest_lease_ns": int(MAX_LEASE_S * _NS),
                 "most_leased_rows": most_leased_rows,
                 "most_held_bytes": int(MOST_HELD * slab.capacity_bytes),
+                "most_granted_bytes": most_granted,
                 "eviction_batch": eviction_batch,
                 "directory": 0 if directory is None else directory.address,
                 "directory_entries": 0 if directory is None else directory.length // DIRECTORY_ENTRY_BYTES,
@@ -155,6 +164,35 @@ class Index:
         if count < 0:
             raise ValueError(f"{len(mask)} entries commit {-count} reserved blocks")
         return count
+
+    def open_ring(self, owner: int, ring: SharedMemory) -> None:
+        """Hear what is told in ``ring``, see ring.h, before blocks are looked up; ``close_ring`` ends that.
+
+        Raises MemoryError, or ValueError for memory of another size.
+        """
+        if ring.length != RING_BYTES:
+            raise ValueError(f"{ring.length} bytes are no ring of {RING_BYTES}")
+        if not self._node.polar_open_ring(self.native, owner, ring.address):
+            raise MemoryError("there is no memory for a ring")
+
+    def close_ring(self, owner: int) -> None:
+        """Hear what is left, and touch the owner's ring no more; harmless if it has none.
+
+        Slots that it has ahead stay so until their time is over.
+        """
+        self._node.polar_close_ring(self.native, owner)
+
+    def grant(self, owner: int, length: int, slots: int) -> bytes:
+        """Addresses (u64) of slots for blocks of ``length`` bytes that the owner will tell of in its ring.
+
+        Up to ``slots``, MAX_GRANTED and ``most_granted_bytes``; none without a ring. They are the owner's for
+        RESERVATION_S seconds, or until the next call for it. Evicts where it must.
+        """
+        addresses = bytearray(8 * min(slots, MAX_GRANTED))
+        count = self._node.polar_grant(
+            self.native, owner, length, len(addresses) // 8, self._clock_ns(), self._words(addresses)
+        )
+        return bytes(addresses[: 8 * count])
 
     def locate(self, owner: int, keys: bytes, lease_s: float, *, counted: bool = True) -> Lease:
         """Find committed blocks and keep their slots for ``lease_s`` seconds (MAX_LEASE_S at most).
@@ -259,6 +297,11 @@ class Index:
 
     def _words(self, data: bytes | bytearray) -> FFI.CData:
         return self._ffi.from_buffer(_WORDS, data)
+
+
+def most_granted_bytes(capacity_bytes: int) -> int:
+    """What one writer may have ahead of a slab."""
+    return min(_MOST_GRANTED_BYTES, int(_MOST_GRANTED * capacity_bytes))
 
 
 def _count(keys: bytes, parents: bytes | None = None) -> int:

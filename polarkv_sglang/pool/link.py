@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from polarkv_sglang.errors import TransportError
-from polarkv_sglang.transport import Context, Direction, Mapped, RemoteKey, Worker, attach
+from polarkv_sglang.pool.granted import GrantedSlots
+from polarkv_sglang.transport import Context, Direction, Mapped, RemoteKey, Worker, attach, is_near
 from polarkv_sglang.transport.control import ControlConnection
 from polarkv_sglang.transport.directory import Directory, open_directory
-from polarkv_sglang.transport.messages import Welcome
+from polarkv_sglang.transport.messages import Streaming, Welcome
 from polarkv_sglang.transport.stream import Exchange
 
 _PROBE_BYTES = 64
@@ -30,6 +31,7 @@ class Link(NamedTuple):
     streamed: bool = False  # no route: there is nothing better than TCP, so blocks go through ``control``
     carries_few: bool = False  # there is a route, but few blocks go through ``control`` as well
     directory: Directory | None = None  # of a mapped slab: what it has is read without asking the node
+    granted: GrantedSlots | None = None  # of a directory with a ring: blocks are written without asking
 
     def carries(self, size: int) -> bool:
         """Whether blocks of ``size`` bytes in all go through ``control``.
@@ -84,10 +86,11 @@ class Lane:
 
         Raises TransportError if its memory cannot be reached in time, NodeError if the node does not answer.
         """
-        threaded = False
+        streaming = Streaming(0, False)
         if control.can_stream and (self._by_processor or not self._reads):
             # Before it is ours: nobody else waits for the node's answer.
-            threaded = control.start_streaming(deadline_s)
+            streaming = control.start_streaming(deadline_s, ring=self._may_map(control.welcome))
+        threaded = streaming.threaded
         with self.lock:
             self._provide_workers()
             route = self._reach(control.welcome, deadline_s) if self.worker is not None else None
@@ -99,15 +102,24 @@ class Lane:
                     _close(route)
                     route = None
             carries_few = threaded and isinstance(route, Mapped)
-            directory = self._directory(control.welcome, route)
-            self._set(Link(address, control, route, pushed, streamed, carries_few, directory))
+            directory = self._directory(control.welcome, route, streaming)
+            granted = None
+            if directory is not None and directory.has_ring and not self._reads:
+                granted = GrantedSlots(directory.library, control, directory)
+            self._set(Link(address, control, route, pushed, streamed, carries_few, directory, granted))
 
-    def _directory(self, welcome: Welcome, route: RemoteKey | Mapped | None) -> Directory | None:
-        if self._context is None or not (self._reads and isinstance(route, Mapped)):
+    def _directory(
+        self, welcome: Welcome, route: RemoteKey | Mapped | None, streaming: Streaming
+    ) -> Directory | None:
+        if self._context is None or not isinstance(route, Mapped) or welcome.directory is None:
             return None
-        if welcome.directory is None:
-            return None
-        return open_directory(self._context.library, welcome.directory, route)
+        return open_directory(self._context.library, welcome.directory, route, streaming.ring)
+
+    def _may_map(self, welcome: Welcome) -> bool:
+        """Whether a node's memory is to be used as our own."""
+        if self._context is None or welcome.shared is None:
+            return False
+        return self._by_processor and self._context.shares_memory and is_near(welcome.shared)
 
     def _set(self, link: Link) -> None:
         self.drop(link.address)
@@ -167,7 +179,7 @@ class Lane:
     def _reach(self, welcome: Welcome, deadline_s: float) -> RemoteKey | Mapped:
         assert self._context is not None
         assert self.worker is not None
-        if welcome.shared is not None and self._by_processor and self._context.shares_memory:
+        if welcome.shared is not None and self._may_map(welcome):
             mapped = attach(welcome.shared, welcome.base_address)
             if mapped is not None:
                 return mapped

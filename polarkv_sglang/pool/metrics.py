@@ -15,6 +15,7 @@ from polarkv_sglang.transport.messages import NodeStatistics
 _GAUGES = {
     "capacity_bytes": "Memory lent to the pool.",
     "used_bytes": "Memory in slots that hold a block or wait for one.",
+    "granted_bytes": "Memory in slots that writers on this host have ahead.",
     "blocks": "Blocks that can be read.",
     "reservations": "Writes under way.",
     "leases": "Reads under way that have one, and requests that wait to read.",

@@ -177,8 +177,9 @@ class Reader:
             batch.started + self._deadline_s - time.monotonic(),
         )
         if looked is not None:
-            for route in routes:
-                self._requests.tell(self._lane, route.link, Used(blob(chain.keys, route.blocks)))
+            for route, directory in zip(routes, directories):
+                if directory.untold:
+                    self._requests.tell(self._lane, route.link, Used(blob(chain.keys, route.blocks)))
         return looked
 
     def _find(self, batch: _Batch, blocks: Blocks, place: int) -> list[_Found]:

@@ -81,7 +81,7 @@ uint64_t polar_locate(polar_index *index, uint64_t owner, const uint8_t *keys, u
     struct holding *lease;
     uint64_t number = 0;
     uint32_t present;
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     present = find(index, keys, count);
     if (counted) {
         use(index, count);
@@ -103,7 +103,7 @@ uint64_t polar_locate(polar_index *index, uint64_t owner, const uint8_t *keys, u
 
 /* Blocks were read by who did not ask. */
 void polar_use(polar_index *index, const uint8_t *keys, uint32_t count) {
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     find(index, keys, count);
     use(index, count);
     index->counted.hits += count;
@@ -114,7 +114,7 @@ uint64_t polar_hold(polar_index *index, uint64_t owner, const uint8_t *keys, uin
                     int64_t now_ns, uint8_t *present) {
     struct holding *lease;
     uint64_t number = 0;
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     lease = begin_lease(index, owner, count, find(index, keys, count), lease_deadline(index, lease_ns, now_ns));
     for (uint32_t i = 0; i < count; i++) present[i] = index->found[i] > 0;
     if (lease) {

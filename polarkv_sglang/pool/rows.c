@@ -61,6 +61,10 @@ static uint32_t look_for(const struct table *table, struct key key) {
     return place;
 }
 
+bool is_named(const struct row *row) {
+    return row->state == ABSENT || row->state == RESERVED || row->state == COMMITTED;
+}
+
 bool table_has_room(struct table *table, uint32_t more) {
     uint64_t places = (uint64_t)table->mask + 1, wanted = places;
     uint32_t *old = table->places, *bigger;
@@ -70,7 +74,7 @@ bool table_has_room(struct table *table, uint32_t more) {
     table->places = bigger;
     table->mask = (uint32_t)(wanted - 1);
     for (uint32_t row = 1; row < table->used; row++)
-        if (table->rows[row].state != UNUSED && table->rows[row].state != DROPPED)
+        if (is_named(&table->rows[row]))
             bigger[look_for(table, table->rows[row].key)] = row;
     free(old);
     return true;
@@ -106,12 +110,16 @@ void free_row(struct table *table, uint32_t row) {
 }
 
 uint32_t add_row(struct table *table, struct key key, enum state state) {
-    uint32_t place = look_for(table, key), row = new_row(table);
+    uint32_t row = new_row(table);
     table->rows[row].key = key;
     table->rows[row].state = state;
-    table->places[place] = row;
-    table->count++;
+    put_in(table, row);
     return row;
+}
+
+void put_in(struct table *table, uint32_t row) {
+    table->places[look_for(table, table->rows[row].key)] = row;
+    table->count++;
 }
 
 void put_in_place(struct table *table, uint32_t row, uint32_t of) {

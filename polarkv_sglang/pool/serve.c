@@ -197,6 +197,17 @@ static int answer_commit(polar_stream *stream, struct reader *reader) {
     return reply(stream, &writer);
 }
 
+static int answer_grant(polar_stream *stream, struct reader *reader) {
+    uint64_t id = read_number(reader), length = read_length(reader), slots = read_number(reader);
+    struct writer writer = begin_frame(stream->reply, 2, "granted");
+    uint32_t count;
+    if (!is_whole(reader) || !slots || slots > POLAR_MOST_GRANTED) return FOR_OTHERS;
+    count = polar_grant(stream->index, stream->owner, length, (uint32_t)slots, now_ns(), column(stream, 0));
+    write_number(&writer, id);
+    write_bytes(&writer, column(stream, 0), count * sizeof(uint64_t));
+    return reply(stream, &writer);
+}
+
 /* ---- Requests that blocks go with. */
 
 /* The parts of each block that are asked for; how many, or 0 if they are none. */
@@ -348,7 +359,7 @@ static const struct kind {
     {"pull", answer_pull, 3, 4},       {"store", answer_store, 4, 5},   {"fill", answer_fill, 2, 3},
     {"locate", answer_locate, 3, 3},   {"release", answer_release, 1, 1}, {"reserve", answer_reserve, 4, 4},
     {"commit", answer_commit, 4, 4},   {"hold", answer_hold, 3, 3},     {"peek", answer_peek, 2, 2},
-    {"renew", answer_renew, 3, 3},     {"used", answer_used, 1, 1},
+    {"renew", answer_renew, 3, 3},     {"used", answer_used, 1, 1},     {"grant", answer_grant, 3, 3},
 };
 
 static int answer(polar_stream *stream) {

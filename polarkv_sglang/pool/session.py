@@ -335,6 +335,7 @@ class Session(asyncio.BufferedProtocol):
                 self._owner,
                 peer.fileno(),
                 request.request_id,
+                request.ring and self._service.welcome.shared is not None,
                 self.name,
                 self._replicate,
                 self._stream_ended,

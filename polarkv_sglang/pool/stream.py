@@ -19,6 +19,9 @@ from polarkv_sglang.pool.answers import answer
 from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.native import load_native
 from polarkv_sglang.pool.notes import Notes
+from polarkv_sglang.pool.pages import SharedMemory
+from polarkv_sglang.transport import share
+from polarkv_sglang.transport.directory import RING_BYTES
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, BadFrame, decode_from_client, encode_frame
 from polarkv_sglang.transport.messages import Message, Replicate, Streaming
 
@@ -92,15 +95,17 @@ class Stream:
         owner: int,
         fd: int,
         request_id: int,
+        ring: bool,
         name: str,
         replicate: Callable[[Replicate], None],
         on_end: Callable[[BadFrame | None], None],
     ) -> None:
         """Answer the request to stream, and serve what follows, through a socket that nobody else uses now.
 
-        ``owner``: of leases and reservations, see ``Index``. ``replicate`` is called in the thread, and
-        ``on_end`` on the event loop, with what the client did wrong, if it did. Raises OSError if there is no
-        descriptor for it, RuntimeError if there is no thread, MemoryError if there is no memory.
+        ``owner``: of leases and reservations, see ``Index``. ``ring``: offer the client one. ``replicate`` is
+        called in the thread, and ``on_end`` on the event loop, with what the client did wrong, if it did.
+        Raises OSError if there is no descriptor for it, RuntimeError if there is no thread, MemoryError if
+        there is no memory.
         """
         self._shared = shared
         self._owner = owner
@@ -108,14 +113,18 @@ class Stream:
         self._replicate = replicate
         self._on_end = on_end
         self._socket = socket.socket(fileno=os.dup(fd))
+        self._ring: SharedMemory | None = None
         thread = ThreadPoolExecutor(1, thread_name_prefix="polarkv-stream")
         try:
+            if ring:
+                self._ring = SharedMemory("polarkv-ring", RING_BYTES)
+                shared.index.open_ring(owner, self._ring)
             if self._socket.getpeername()[0] == self._socket.getsockname()[0]:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._served = Served(shared.index, owner, self._socket.fileno())
             self.done = asyncio.get_running_loop().run_in_executor(thread, self._serve, request_id)
         except BaseException:
-            self._socket.close()
+            self._close()
             raise
         thread.shutdown(wait=False)
         shared.open.add(self)
@@ -126,9 +135,15 @@ class Stream:
         with contextlib.suppress(OSError):  # the client was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def _close(self) -> None:
+        self._socket.close()
+        if self._ring is not None:
+            self._shared.index.close_ring(self._owner)
+            self._ring.close()
+
     def _ended(self, done: asyncio.Future[BadFrame | None]) -> None:
         self._shared.open.discard(self)
-        self._socket.close()
+        self._close()
         if (error := done.exception()) is not None:
             _logger.error("the stream of %s failed", self._name, exc_info=error)
         self._on_end(done.result() if error is None else None)
@@ -136,7 +151,8 @@ class Stream:
     def _serve(self, request_id: int) -> BadFrame | None:
         """Runs in the thread until the connection ends; returns what the client did wrong, if it did."""
         try:
-            self._served.send(Streaming(request_id, True))
+            ring = share(self._ring.fd, self._ring.length) if self._ring is not None else None
+            self._served.send(Streaming(request_id, True, ring))
             while True:
                 request = decode_from_client(self._served.next_frame())
                 if isinstance(request, Replicate):

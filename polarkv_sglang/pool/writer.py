@@ -7,13 +7,14 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from polarkv_sglang.pool.ahead import Ahead
 from polarkv_sglang.pool.blocks import Chain, Pieces, blob, positions, spread
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
 from polarkv_sglang.pool.requests import Requests, Route
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
-from polarkv_sglang.transport import Direction
+from polarkv_sglang.transport import Direction, Library
 from polarkv_sglang.transport.columns import unpack_u64
 from polarkv_sglang.transport.messages import (
     Commit,
@@ -51,6 +52,7 @@ class Writer:
         membership: Membership,
         requests: Requests,
         memory: LocalMemory,
+        library: Library,
         *,
         deadline_s: float,
     ) -> None:
@@ -58,6 +60,7 @@ class Writer:
         self._membership = membership
         self._requests = requests
         self._memory = memory
+        self._ahead = Ahead(lane, requests, library, deadline_s=deadline_s)
         self._deadline_s = deadline_s
 
     def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> bytes:
@@ -68,7 +71,13 @@ class Writer:
         streaming: list[tuple[Route, Call]] = []
         asking: list[Route] = []
         nodes = usable_nodes(self._lane, self._membership.live)
-        for route in route_blocks(self._lane, nodes, chain, positions(len(chain.keys))):
+        routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
+        for route in routes:
+            alone = len(routes) == 1
+            states = self._ahead.write(chain, pieces, route, checksums, started, alone=alone)
+            if states is not None:
+                spread(states, route.blocks, outcomes)  # WRITTEN and PRESENT are what they are there
+                continue
             size = len(route.blocks) * pieces.block_bytes
             if size <= _UNASKED_BYTES and route.link.carries(size):
                 streaming.append(_store(chain, pieces, route, checksums))

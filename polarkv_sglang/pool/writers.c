@@ -92,7 +92,7 @@ uint64_t polar_reserve(polar_index *index, uint64_t owner, const uint8_t *keys, 
                        uint32_t count, uint64_t length, int fill, int64_t now_ns, uint64_t *addresses,
                        uint8_t *states) {
     uint64_t number;
-    pthread_mutex_lock(&index->lock);
+    enter(index);
     number = reserve(index, owner, keys, parents, count, length, fill, now_ns, addresses, states);
     count_refused(index, states, count, length);
     pthread_mutex_unlock(&index->lock);
@@ -104,20 +104,13 @@ static uint32_t commit(polar_index *index, struct holding *reservation, const ui
     uint32_t committed = 0;
     index->tick += reservation->count;
     for (uint32_t i = 0; i < reservation->count; i++) {
-        struct row *row = row_of(index, reservation->rows[i]);
         if (!mask[i]) {
             abort_row(index, reservation->rows[i]);
             continue;
         }
-        row->state = COMMITTED;
-        row->checksum = checksums[i];
-        row->last_use = index->tick - i;
-        publish(index, row);
-        add_leaf(&index->eviction, index->table.rows, reservation->rows[i]);
+        make_visible(index, reservation->rows[i], checksums[i], index->tick - i);
         committed++;
     }
-    index->counted.blocks += committed;
-    index->counted.commits += committed;
     end_holding(&index->reservations, reservation);
     return committed;
 }

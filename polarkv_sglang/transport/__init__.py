@@ -11,6 +11,7 @@ from polarkv_sglang.transport.shared import (
     Mapped,
     SharedHandle,
     attach,
+    is_near,
     share,
 )
 from polarkv_sglang.transport.worker import (
@@ -43,6 +44,7 @@ __all__ = [
     "WorkerStatistics",
     "attach",
     "checksums",
+    "is_near",
     "load_library",
     "share",
 ]

@@ -171,7 +171,7 @@ void ucp_request_free(void *request);
 
 /* ---- Ours. */
 
-enum { POLAR_ABI = 3 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 4 }; /* of this file: raised with its every change */
 
 /* Entry points of the libucp that Python loaded: the helper is built without UCX and linked to none. */
 typedef struct {
@@ -259,6 +259,9 @@ enum {
     POLAR_UNDRAINED = 5,
     /* Of a look-up: some block is in no directory, and nothing was read: */
     POLAR_NOT_THERE = 6,
+    /* Of a publication: nothing was written, for want of slots, or of room in the ring, or of the node: */
+    POLAR_NO_SLOTS = 7,
+    POLAR_GONE = 8,
 };
 
 /* One peer of an exchange: a request, of a put with its blocks behind it, and the reply, of a get likewise. */
@@ -292,11 +295,15 @@ typedef struct {
     uint64_t entries; /* address; see directory.h */
     uint64_t entry_count;
     polar_route slab;
+    uint64_t ring;   /* address; see ring.h; 0: there is none */
+    uint64_t noted;  /* notices in the ring that the node is not told of yet */
+    uint32_t untold; /* blocks of the last look-up whose reading it was not told of: the ring had no room */
 } polar_directory;
 
 /* Blocks to read from nodes on this host without asking them. */
 typedef struct {
-    const polar_directory **directories;
+    polar_directory **directories;
+    uint32_t directory_count;
     const uint32_t *directory; /* [block_count] which of them; NULL: the first */
     const uint8_t *keys;       /* [block_count] of 16 bytes */
     const uint64_t *local;     /* [block_count][pieces] address */
@@ -308,6 +315,36 @@ typedef struct {
     uint64_t *generations; /* [block_count] of what was read */
     int64_t timeout_ns;
 } polar_lookup;
+
+/* Slots in a node on this host that may be written to without asking, for blocks of one length. */
+typedef struct {
+    polar_directory *directory;
+    int fd; /* of the connection to the node, which has to stand */
+    const uint64_t *addresses; /* [count] in the node */
+    uint32_t count;
+    uint32_t taken; /* of them, the first ones */
+} polar_granted;
+
+/* Blocks to write there. */
+typedef struct {
+    polar_granted *granted;
+    const uint8_t *keys;   /* [block_count] of 16 bytes */
+    const uint8_t *parents;
+    const uint64_t *local; /* [block_count][pieces] address */
+    uint32_t block_count;
+    uint32_t pieces;
+    uint64_t piece_bytes;
+    polar_hash hash;
+    const uint64_t *expected; /* [block_count] checksums that the blocks must have; NULL: any */
+    uint8_t *states;          /* [block_count] what became of each */
+    int64_t timeout_ns;
+} polar_publication;
+
+enum {
+    POLAR_NOT_WRITTEN = 0, /* time is over, or it has another checksum than expected */
+    POLAR_WRITTEN = 1,
+    POLAR_WAS_THERE = 2,
+};
 
 enum {
     POLAR_UNKNOWN = 0, /* it was there and is not any more, or time is over: the node has to be asked */
@@ -323,6 +360,7 @@ int polar_wait(const polar_worker *worker, const int *fds, uint32_t fd_count, in
 int polar_checksums(polar_hash hash, const uint64_t *local, uint32_t block_count, uint32_t pieces,
                     uint64_t piece_bytes, uint64_t *checksums);
 int polar_look_up(const polar_lookup *lookup);         /* POLAR_DONE, or _NO_MEMORY, or _NOT_THERE */
+int polar_publish(const polar_publication *publication); /* POLAR_DONE, or _NO_MEMORY, _NO_SLOTS or _GONE */
 int polar_exchange(const polar_exchange_batch *batch); /* POLAR_DONE or POLAR_NO_MEMORY */
 void polar_endpoint_failed(void *worker, ucp_ep_h handle, ucs_status_t status);
 void polar_add_endpoint(polar_worker *worker, polar_endpoint *endpoint);

@@ -35,6 +35,8 @@ from polarkv_sglang.transport.messages import (
     Fetched,
     Fill,
     FromNode,
+    Grant,
+    Granted,
     Held,
     Hello,
     Hold,
@@ -186,6 +188,8 @@ class ControlConnection:
     @overload
     def request(self, message: Commit, deadline_s: float) -> Committed: ...
     @overload
+    def request(self, message: Grant, deadline_s: float) -> Granted: ...
+    @overload
     def request(self, message: Locate, deadline_s: float) -> Located: ...
     @overload
     def request(self, message: Hold, deadline_s: float) -> Held: ...
@@ -216,12 +220,9 @@ class ControlConnection:
         """Whether blocks can go through this connection: not over TLS, which would have to encrypt them."""
         return self._quick is not None
 
-    def start_streaming(self, deadline_s: float) -> bool:
-        """Be served by a thread of the node's from now on, see ``StartStream``; False if it has none for us.
-
-        Raises as ``request``.
-        """
-        return self.request(StartStream(self.next_id()), deadline_s).threaded
+    def start_streaming(self, deadline_s: float, *, ring: bool = False) -> Streaming:
+        """Ask to be served by a thread of the node's, see ``StartStream``. Raises as ``request``."""
+        return self.request(StartStream(self.next_id(), ring), deadline_s)
 
     def give_up(self, reason: str) -> NodeError:
         """Close the connection after an exchange that failed on it; the error to report.
@@ -380,6 +381,7 @@ _keys = attrgetter("keys")
 _REPLIES: dict[type[Message], tuple[type[Message], attrgetter[Sized] | None, int]] = {
     Reserve: (Reserved, attrgetter("states"), 1),
     Commit: (Committed, None, 0),
+    Grant: (Granted, None, 0),
     Locate: (Located, attrgetter("address_blob"), 8),
     Hold: (Held, attrgetter("present"), 1),
     Renew: (Renewed, None, 0),

@@ -6,46 +6,23 @@
 #include <string.h>
 
 #include "copies.h"
-#include "directory.h"
+#include "lookup.h"
 
-/* A copy that nobody was writing meanwhile; else of nothing. */
-static struct entry read_entry(const struct entry *entry) {
-    struct entry copy = {.version = __atomic_load_n(&entry->version, __ATOMIC_ACQUIRE)};
-    copy.key[0] = __atomic_load_n(&entry->key[0], __ATOMIC_RELAXED);
-    copy.key[1] = __atomic_load_n(&entry->key[1], __ATOMIC_RELAXED);
-    copy.address = __atomic_load_n(&entry->address, __ATOMIC_RELAXED);
-    copy.length = __atomic_load_n(&entry->length, __ATOMIC_RELAXED);
-    copy.checksum = __atomic_load_n(&entry->checksum, __ATOMIC_RELAXED);
-    copy.generation = __atomic_load_n(&entry->generation, __ATOMIC_RELAXED);
-    __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    if (copy.version % 2 || __atomic_load_n(&entry->version, __ATOMIC_RELAXED) != copy.version)
-        copy.generation = 0;
-    return copy;
-}
+enum { KEY_BYTES = 16 };
 
-static const polar_directory *directory_of(const polar_lookup *lookup, uint32_t number) {
+static polar_directory *directory_of(const polar_lookup *lookup, uint32_t number) {
     return lookup->directories[lookup->directory ? lookup->directory[number] : 0];
 }
 
 static struct entry find(const polar_lookup *lookup, uint32_t number) {
-    const polar_directory *directory = directory_of(lookup, number);
-    struct entry *ways, entry;
-    uint64_t key[2];
-    memcpy(key, lookup->keys + (size_t)number * sizeof(key), sizeof(key));
-    ways = ways_of((struct entry *)(uintptr_t)directory->entries, directory->entry_count, key);
-    for (int way = 0; way < WAYS; way++) {
-        entry = read_entry(&ways[way]);
-        if (entry.generation && is_of(&entry, key)) return entry;
-    }
-    return (struct entry){0};
+    return find_entry(directory_of(lookup, number), lookup->keys + (size_t)number * KEY_BYTES);
 }
 
 /* Where a block of our length lies there, inside the mapping; 0: there is none. */
 static uint64_t mapped_at(const polar_lookup *lookup, uint32_t number, const struct entry *entry) {
-    const polar_route *slab = &directory_of(lookup, number)->slab;
-    uint64_t offset = entry->address - slab->remote, length = lookup->pieces * lookup->piece_bytes;
+    uint64_t length = lookup->pieces * lookup->piece_bytes;
     if (!entry->generation || entry->length != length) return 0;
-    return offset <= slab->length && length <= slab->length - offset ? slab->mapping + offset : 0;
+    return slab_at(directory_of(lookup, number), entry->address, length);
 }
 
 /* What became of a block that was to be copied. */
@@ -76,6 +53,22 @@ static int carry_out(const polar_lookup *lookup, struct copies *copies, struct e
     return POLAR_DONE;
 }
 
+/* Has the nodes know what was read, heads later than their tails; those whose rings have room. */
+static void tell_reads(const polar_lookup *lookup) {
+    for (uint32_t i = 0; i < lookup->directory_count; i++) lookup->directories[i]->untold = 0;
+    for (uint32_t i = 0; i < lookup->block_count; i++) directory_of(lookup, i)->untold++;
+    for (uint32_t i = 0; i < lookup->directory_count; i++) {
+        polar_directory *directory = lookup->directories[i];
+        struct ring *ring = (struct ring *)(uintptr_t)directory->ring;
+        if (ring && can_tell(ring, directory->untold)) directory->untold = 0;
+    }
+    for (uint32_t i = lookup->block_count; i--;)
+        if (!directory_of(lookup, i)->untold)
+            note(directory_of(lookup, i), (struct notice){.kind = BLOCK_READ}, lookup->keys + (size_t)i * KEY_BYTES);
+    for (uint32_t i = 0; i < lookup->directory_count; i++)
+        if (!lookup->directories[i]->untold) tell(lookup->directories[i]);
+}
+
 int polar_look_up(const polar_lookup *lookup) {
     size_t count = (size_t)lookup->block_count + 1;
     struct entry *found = malloc(count * sizeof(*found)); /* as they were */
@@ -91,6 +84,7 @@ int polar_look_up(const polar_lookup *lookup) {
     };
     int result = POLAR_NO_MEMORY;
     if (found && copies.shared && copies.copied && copies.listed) result = carry_out(lookup, &copies, found);
+    if (result == POLAR_DONE) tell_reads(lookup);
     free(found);
     free(copies.digests);
     free(copies.shared);

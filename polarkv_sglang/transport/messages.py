@@ -15,8 +15,9 @@ from polarkv_sglang.identity import KEY_BYTES
 from polarkv_sglang.transport.columns import seal, unpack_u64
 from polarkv_sglang.transport.shared import SharedHandle
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
+MAX_GRANTED = 256  # slots that one writer has ahead
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
 MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
 MAX_FETCH_REGIONS = 64
@@ -158,6 +159,27 @@ class Committed(Message, frozen=True, tag="committed"):
     count: Count
 
 
+class Grant(Message, frozen=True, tag="grant"):
+    """Ask for slots ahead, for blocks of ``length`` bytes that will be told of in the connection's ring.
+
+    What was granted to this connection before and is not written by then is not granted any more.
+    """
+
+    request_id: Count
+    length: BlockLength
+    slots: Annotated[int, msgspec.Meta(ge=1, le=MAX_GRANTED)]
+
+
+class Granted(Message, frozen=True, tag="granted"):
+    """Slots, until blocks are told to be there or the grant has expired (30 s)."""
+
+    request_id: Count
+    address_blob: bytes  # as many as there is room for, none without a ring
+
+    def __post_init__(self) -> None:
+        _check_columns(len(self.address_blob) // 8, self.address_blob)
+
+
 class Locate(Message, frozen=True, tag="locate"):
     """Find blocks to read, and keep them where they are for ``lease_s`` seconds (at most MAX_LEASE_S)."""
 
@@ -285,6 +307,7 @@ class StartStream(Message, frozen=True, tag="start_stream"):
     """
 
     request_id: Count
+    ring: bool = False  # a ring of notices is wanted, which processes on the node's host can map
 
 
 class Streaming(Message, frozen=True, tag="streaming"):
@@ -292,6 +315,7 @@ class Streaming(Message, frozen=True, tag="streaming"):
 
     request_id: Count
     threaded: bool
+    ring: SharedHandle | None = None  # see ring.h; heard until the connection ends
 
 
 class Pull(Message, frozen=True, tag="pull"):
@@ -483,7 +507,8 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
     pages: str  # that back the slab: "hugetlb", "transparent" or "4 KiB pages"
     uptime_s: float
     capacity_bytes: Count
-    used_bytes: Count  # slots in use, whole
+    used_bytes: Count  # slots of blocks that are here or being written, whole
+    granted_bytes: Count  # slots that writers on this host have ahead, whole
     blocks: Count  # committed
     reservations: Count
     leases: Count  # of reads, and of requests that wait
@@ -511,6 +536,7 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
 Answered = (
     Reserve
     | Commit
+    | Grant
     | Locate
     | Hold
     | Renew
@@ -527,6 +553,7 @@ Request = Answered | Release | Used | ReportCorrupt | Replicate | WriteNotes | V
 Reply = (
     Reserved
     | Committed
+    | Granted
     | Located
     | Held
     | Renewed

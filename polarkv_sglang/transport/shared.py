@@ -93,13 +93,18 @@ def share(fd: int, length: int) -> SharedHandle:
     return SharedHandle(os.getpid(), fd, status.st_ino, length, _boot_id(), _pid_namespace())
 
 
+def is_near(handle: SharedHandle) -> bool:
+    """Whether who shares it is on this host and in this PID namespace."""
+    return (handle.boot_id, handle.pid_namespace) == (_boot_id(), _pid_namespace())
+
+
 def attach(handle: SharedHandle, remote_base: int, *, writable: bool = True) -> Mapped | None:
     """Maps what a peer shares, for reading or for both, which lies at `remote_base` in the peer.
 
     None if this process cannot: the peer is on another host, in another PID namespace, of another user or
     gone, or its handle does not name a memfd of that length that is sealed against shrinking.
     """
-    if (handle.boot_id, handle.pid_namespace) != (_boot_id(), _pid_namespace()):
+    if not is_near(handle):
         return None
     try:
         # Looked at before it is opened: to open a device or a pipe may already do something.

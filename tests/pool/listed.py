@@ -49,6 +49,7 @@ class ListedIndex:
         directory: SharedMemory | None = None,
         most_leased_rows: int = MOST_LEASED_ROWS,
         eviction_batch: int = EVICTION_BATCH,
+        most_granted: int | None = None,
     ) -> None:
         self._clock_ns = lambda: round(clock() * _NS)
         self._index = index = Index(
@@ -56,11 +57,13 @@ class ListedIndex:
             directory=directory,
             most_leased_rows=most_leased_rows,
             eviction_batch=eviction_batch,
+            most_granted=most_granted,
             clock_ns=self._clock_ns,
         )
         self.renew, self.release, self.end_holds = index.renew, index.release, index.end_holds
         self.expire, self.refused, self.statistics = index.expire, index.refused, index.statistics
         self.check_integrity = index.check_integrity
+        self.open_ring, self.close_ring = index.open_ring, index.close_ring
 
     def reserve(
         self, owner: int, keys: Sequence[bytes], parents: Sequence[bytes], length: int
@@ -70,6 +73,9 @@ class ListedIndex:
 
     def commit(self, owner: int, number: int, mask: bytes, checksums: Sequence[int]) -> int:
         return self._index.commit(owner, number, mask, pack_u64(checksums))
+
+    def grant(self, owner: int, length: int, slots: int) -> list[int]:
+        return _numbers(self._index.grant(owner, length, slots))
 
     def locate(self, owner: int, keys: Sequence[bytes], lease_s: float) -> Lease:
         number, *columns = self._index.locate(owner, b"".join(keys), lease_s)

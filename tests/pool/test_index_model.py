@@ -6,7 +6,7 @@ the block it asked for, or a writer whose slot is given away, is noticed at once
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -29,6 +29,7 @@ from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
 from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
 from tests.pool.listed import ListedIndex
+from tests.pool.rings import OFFERED, READ, WRITTEN, Ring
 
 BASE = 1 << 40
 SEGMENT_BYTES = 4 * PAGE_BYTES
@@ -84,6 +85,15 @@ class Read:
     generations: dict[bytes, int]
 
 
+@dataclass
+class Granted:
+    """Slots that a writer has ahead, as the model knows them."""
+
+    length: int
+    addresses: list[int]
+    deadline: float
+
+
 class IndexMachine(RuleBasedStateMachine):
     writes = Bundle("writes")
     reads = Bundle("reads")
@@ -96,8 +106,13 @@ class IndexMachine(RuleBasedStateMachine):
             Slab(BASE, CAPACITY_BYTES, SEGMENT_BYTES),
             directory=self.directory,
             eviction_batch=2,  # so that it has to look again and again
+            most_granted=2 * PAGE_BYTES + 1,
             clock=lambda: self.now,
         )
+        self.rings = {owner: Ring() for owner in (1, 2)}
+        for owner, ring in self.rings.items():
+            self.index.open_ring(owner, ring.memory)
+        self.granted: dict[int, Granted] = {}  # by owner
         self.committed: dict[bytes, Stored] = {}
         self.written: list[Written] = []  # until the index has noticed that they expired
         self.read: list[Read] = []
@@ -105,6 +120,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.generations: dict[int, int] = {}  # checksum, by generation
         self.checksum = 0
         self.tick = 0
+        self.serial = 0
 
     @initialize(mixed=st.booleans())
     def choose_lengths(self, mixed: bool) -> None:
@@ -117,6 +133,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.expire()
         self.written = [write for write in self.written if write.filled or write.deadline > self.now]
         self.read = [read for read in self.read if read.deadline > self.now]
+        self.granted = {owner: slots for owner, slots in self.granted.items() if slots.deadline > self.now}
 
     def write_pages(self, address: int, length: int, content: object) -> None:
         for page in range(address, address + length, PAGE_BYTES):
@@ -163,17 +180,8 @@ class IndexMachine(RuleBasedStateMachine):
         idle = self.idle_leaves()
         busy = {key for write in self.written for key in write.addresses}
         result = self.index.reserve(owner, keys, [PARENTS[key] for key in keys], length)
-        after = self.present()
-        evicted = self.committed.keys() - after
-        assert after <= self.committed.keys(), "a block is visible before it was committed"
-        leased = {stored.address for read in self.read for stored in read.blocks.values()}
-        assert not any(self.committed[key].address in leased for key in evicted), "a leased block was evicted"
-        if not self.mixed:
-            assert not any(PARENTS[key] in evicted for key in after), "a head was evicted before its tail"
-            # Neither used nor continued by this request.
-            spared = (idle & after) - {*keys, *(PARENTS[key] for key in keys)}
-            newest = max((self.committed[key].last_use for key in evicted.difference(keys)), default=0)
-            assert all(self.committed[key].last_use > newest for key in spared), "an older leaf was spared"
+        evicted = self.evicted(idle, keys)
+        after = self.committed.keys() - evicted
         reserved: dict[bytes, int] = {}
         for key, address, state in zip(keys, result.addresses, result.states, strict=True):
             assert (state == KeyState.RESERVED) == (address != 0)
@@ -202,6 +210,74 @@ class IndexMachine(RuleBasedStateMachine):
         for key, address in reserved.items():
             self.write_pages(address, length, (write.number, key))
         return write
+
+    def evicted(self, idle: set[bytes], keys: Sequence[bytes]) -> set[bytes]:
+        """The blocks that a request of these keys has evicted."""
+        after = self.present()
+        evicted = self.committed.keys() - after
+        assert after <= self.committed.keys(), "a block is visible before it was committed"
+        leased = {stored.address for read in self.read for stored in read.blocks.values()}
+        assert not any(self.committed[key].address in leased for key in evicted), "a leased block was evicted"
+        if not self.mixed:
+            assert not any(PARENTS[key] in evicted for key in after), "a head was evicted before its tail"
+            # Neither used nor continued by this request.
+            spared = (idle & after) - {*keys, *(PARENTS[key] for key in keys)}
+            newest = max((self.committed[key].last_use for key in evicted.difference(keys)), default=0)
+            assert all(self.committed[key].last_use > newest for key in spared), "an older leaf was spared"
+        return evicted
+
+    @rule(owner=OWNERS, length=LENGTHS, slots=st.integers(1, 4))
+    def grant(self, owner: int, length: int, slots: int) -> None:
+        self.expire()
+        length = length if self.mixed else min(length, PAGE_BYTES)
+        idle = self.idle_leaves()
+        addresses = self.index.grant(owner, length, slots)
+        assert len(addresses) <= min(
+            slots, 2 if length <= PAGE_BYTES else 1 if length <= 2 * PAGE_BYTES else 0
+        )
+        for key in self.evicted(idle, ()):
+            del self.committed[key]
+        for address in addresses:
+            self.write_pages(address, length, ("granted", owner, address))
+        self.granted[owner] = Granted(length, addresses, self.now + RESERVATION_S)
+
+    @rule(owner=OWNERS, key=st.sampled_from(KEYS), which=st.integers(0, 2))
+    def tell_of_a_write(self, owner: int, key: bytes, which: int) -> None:
+        """Of a slot that the owner has ahead, or of one that is another's."""
+        granted = self.granted.get(owner)
+        ours = granted.addresses if granted is not None else []
+        address = ours[which] if which < len(ours) else BASE + which * PAGE_BYTES
+        self.checksum += 1
+        self.rings[owner].tell(WRITTEN, key, PARENTS[key], address, self.checksum)
+        late = self.index.statistics().late_commits_total
+        if granted is None or address not in ours:
+            return
+        assert self.index.statistics().late_commits_total == late
+        ours.remove(address)
+        if key in self.committed or any(key in write.addresses for write in self.written):
+            return
+        self.tick += 1
+        self.committed[key] = Stored(address, granted.length, self.checksum, self.tick)
+        self.write_pages(address, granted.length, self.checksum)
+
+    @rule(owner=OWNERS, keys=KEY_LISTS, kind=st.sampled_from((READ, OFFERED)))
+    def tell_of_use(self, owner: int, keys: list[bytes], kind: int) -> None:
+        hits = self.index.statistics().hits_total
+        for key in reversed(keys):
+            self.rings[owner].tell(kind, key)
+        self.use(keys)
+        assert self.index.statistics().hits_total == hits + (len(keys) if kind == READ else 0)
+
+    @rule(owner=OWNERS)
+    def connect_anew(self, owner: int) -> None:
+        """What the owner has ahead is nobody's until its time is over."""
+        self.index.close_ring(owner)
+        self.rings[owner].close()
+        self.rings[owner] = Ring()
+        self.index.open_ring(owner, self.rings[owner].memory)
+        if owner in self.granted:
+            self.serial += 1
+            self.granted[-self.serial] = self.granted.pop(owner)
 
     def end(self, write: Written, mask: bytes) -> None:
         """Commit what the mask says, and abort the rest."""
@@ -326,6 +402,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.directory.close()
+        for ring in self.rings.values():
+            ring.close()
 
     @invariant()
     def agrees(self) -> None:
@@ -336,6 +414,8 @@ class IndexMachine(RuleBasedStateMachine):
         assert statistics.blocks == len(self.committed)
         assert statistics.leases == len(self.read)
         assert statistics.reservations == len(self.written)
+        granted = [slots.length for slots in self.granted.values() for _ in slots.addresses]
+        assert statistics.granted_bytes == sum(-(-length // PAGE_BYTES) * PAGE_BYTES for length in granted)
 
     @invariant()
     def nobody_wrote_to_what_is_held(self) -> None:
@@ -346,6 +426,10 @@ class IndexMachine(RuleBasedStateMachine):
         for write in self.written:
             for key, address in write.addresses.items():
                 assert self.pages(address, write.length) == {(write.number, key)}, "a slot has two writers"
+        for slots in self.granted.values():
+            for address in slots.addresses:
+                writers = {(kind, at) for kind, _, at in self.pages(address, slots.length)}
+                assert writers == {("granted", address)}, "a slot has two writers"
 
 
 @pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])

@@ -349,6 +349,7 @@ def test_metrics_show_what_happened():
         assert scrape(node) == {
             "polarkv_node_capacity_bytes": 64 << 20,
             "polarkv_node_used_bytes": 4096,
+            "polarkv_node_granted_bytes": 0,
             "polarkv_node_blocks": 1,
             "polarkv_node_reservations": 0,
             "polarkv_node_leases": 1,
