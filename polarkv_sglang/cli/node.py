@@ -142,7 +142,7 @@ def _parse_listen(text: str) -> tuple[str, int]:
 
 
 def _allow_descriptors() -> None:
-    """As many as the system lets us have: a rank takes seven, and shells allow a thousand."""
+    """As many as the system lets us have: a rank takes up to nine, and shells allow a thousand."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # then it is what it is
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -39,7 +39,8 @@ uint64_t slab_at(const polar_directory *directory, uint64_t address, uint64_t le
 
 bool was_told(const polar_directory *directory, const uint8_t *key) {
     struct ring *ring = (struct ring *)(uintptr_t)directory->ring;
-    for (uint64_t i = __atomic_load_n(&ring->heard, __ATOMIC_ACQUIRE); i != ring->told; i++) {
+    uint64_t heard = __atomic_load_n(&ring->heard, __ATOMIC_ACQUIRE);
+    for (uint64_t i = heard; i != ring->told && i - heard < NOTICES; i++) {
         const struct notice *notice = notice_at(ring, i);
         if (notice->kind == BLOCK_WRITTEN && !memcmp(notice->key, key, sizeof(notice->key))) return true;
     }
