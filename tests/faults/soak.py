@@ -238,6 +238,7 @@ class Soak:
                 "reservations": now.reservations,
                 "leases": now.leases,
                 "quarantined blocks": now.quarantined_blocks,
+                "granted bytes": now.granted_bytes,
                 "connections": max(0, now.connections - CONNECTIONS - 1),  # the engine's, and this question
             }
             if not any(held.values()) or time.monotonic() > end:
