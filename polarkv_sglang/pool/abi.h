@@ -22,6 +22,7 @@ typedef struct {
     uint64_t most_leased_rows; /* that the leases of one owner have in all; a lease counts as some */
     uint64_t most_held_bytes;  /* that leases may keep when a request that only waits asks for one more */
     uint64_t most_granted_bytes; /* that one client has ahead */
+    uint64_t most_granted_in_all_bytes;
     uint32_t eviction_batch;   /* leaves that are put in order at a time */
     uint64_t directory;        /* address; see transport/directory.h */
     uint64_t directory_entries; /* a multiple of 4; 0: there is none */

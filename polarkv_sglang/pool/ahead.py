@@ -45,26 +45,26 @@ class Ahead:
 
         ``started`` (time.monotonic): when the batch did. ``alone``: no other node has blocks of it.
         """
-        granted, blocks, length = route.link.granted, route.blocks, pieces.block_bytes
+        granted, blocks = route.link.granted, route.blocks
         if granted is None:
             return None
         ask_by = started + (_GRANT_BY if alone else _GRANT_FIRST_BY) * self._deadline_s
         states = b"".ljust(len(blocks), b"\0")
         try:
-            if granted.awaited:
+            if granted.awaited is not None:
                 granted.collect(max(ask_by, time.monotonic() + _LATE_S))
-            if granted.most(length) < len(blocks):
+            if granted.most(pieces.block_bytes) < len(blocks):
                 return None
             written = self._write(granted, chain, pieces, route, checksums, started)
             if written is None and granted.may_ask() and time.monotonic() < ask_by:
-                granted.ask(length)
+                granted.ask(len(blocks))
                 granted.collect(ask_by)
                 written = self._write(granted, chain, pieces, route, checksums, started)
             if written is None:
                 return None
             states = written
             if granted.unused.left < len(blocks):  # the next write of this kind need not wait then
-                granted.ask(length)
+                granted.ask(len(blocks))
         except NodeError as error:
             self._requests.fail(self._lane, route.link, str(error))
         return states
@@ -81,7 +81,7 @@ class Ahead:
         """None if there are too few slots; NodeError if the node is gone."""
         blocks = route.blocks
         return self._publish.write(
-            granted.slots(pieces.block_bytes, started + 2 * self._deadline_s),
+            granted.slots(pieces.block_bytes, started + self._deadline_s),
             blob(chain.keys, blocks),
             blob(chain.parents, blocks),
             pieces.of(blocks),

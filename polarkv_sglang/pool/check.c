@@ -11,6 +11,7 @@ static const char *check_row(const struct table *table, uint32_t number) {
     if (!named && row->state != DROPPED && (!is_none(row->key) || row->leases)) return "a row of no block is not blank";
     if (!here && (row->address || row->length || row->checksum || row->generation || !is_none(row->parent)))
         return "a row of a block that is not here tells of one";
+    if (row->state == GRANTED && (row->checksum || !is_none(row->parent))) return "a granted slot tells of a block";
     if (here && !(row->address && row->generation)) return "a block has no slot or no generation";
     if ((row->state == COMMITTED || row->state == DROPPED) != (row->last_use > 0))
         return "a block that can be read was never used, or another was";

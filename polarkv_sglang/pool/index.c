@@ -101,7 +101,7 @@ void unlink_row(polar_index *index, uint32_t row) {
     leave(index, block->parent);
 }
 
-/* Gives the slot and the row of an unlinked block to others. */
+/* Gives the slot and the row of a block that nobody can find to others. */
 void discard(polar_index *index, uint32_t row) {
     if (row_of(index, row)->address) free_slot(&index->slab, row_of(index, row)->address);
     free_row(&index->table, row);

@@ -183,7 +183,8 @@ struct polar_index {
     struct holdings reservations, leases;
     struct owner *owners[OWNER_BUCKETS]; /* those that have leases */
     struct neighbour *neighbours;
-    uint64_t granted_bytes; /* in slots that neighbours have ahead */
+    uint64_t granted_bytes;  /* in slots that neighbours have ahead */
+    int64_t crowded_until_ns; /* somebody found no room before */
     uint64_t tick, generation;
     uint32_t found[POLAR_MAX_KEYS]; /* rows of a call's keys, where those can be found by readers; else 0 */
     polar_index_statistics counted;
@@ -199,7 +200,7 @@ void use(polar_index *index, uint32_t count);           /* of the found blocks h
 void join(polar_index *index, struct key parent);       /* a block will continue `parent` */
 void make_visible(polar_index *index, uint32_t row, uint64_t checksum, uint64_t last_use);
 void unlink_row(polar_index *index, uint32_t row);      /* nobody can find the block any more */
-void discard(polar_index *index, uint32_t row);         /* others get the slot and the row of an unlinked block */
+void discard(polar_index *index, uint32_t row);         /* others get the slot and the row, which has no key any more */
 /* Gives blocks slots, in order, and evicts others for them; how many there was room for. */
 uint32_t make_room(polar_index *index, const uint32_t *rows, uint32_t count, uint64_t length);
 void expire(polar_index *index, int64_t now_ns);        /* ends the holdings whose time is over */

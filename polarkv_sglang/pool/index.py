@@ -17,16 +17,16 @@ from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.transport.directory import ENTRY_BYTES as DIRECTORY_ENTRY_BYTES
 from polarkv_sglang.transport.directory import RING_BYTES
-from polarkv_sglang.transport.messages import MAX_GRANTED, MAX_KEYS, MAX_LEASE_S
+from polarkv_sglang.transport.messages import MAX_GRANTED, MAX_KEYS, MAX_LEASE_S, RESERVATION_S
 
-RESERVATION_S = 30.0
 # Of a slab, what leases may keep when a request that only waits asks for one more: the rest is room for what
 # is written and read now.
 MOST_HELD = 0.5
 MOST_LEASED_ROWS = 1 << 21  # in the leases of one owner, in all: bounds what the node remembers for it
 EVICTION_BATCH = 32768
 _MOST_GRANTED_BYTES = 64 << 20
-_MOST_GRANTED = 1 / 64  # of a slab: engines of many ranks use one node
+_MOST_GRANTED = 1 / 64  # of a slab
+_MOST_GRANTED_IN_ALL = 1 / 8  # engines of many ranks use one node
 
 _NS = 1_000_000_000
 _BYTES, _WORDS = "uint8_t[]", "uint64_t[]"
@@ -106,10 +106,11 @@ class Index:
     ) -> None:
         """``directory``: where readers on this host find committed blocks; blank, and lives as long as this.
         ``eviction_batch``: how many leaves are put in order at a time. ``most_granted``: bytes that one owner
-        may have ahead, by default ``most_granted_bytes``. Raises ConfigError if the slab has more blocks than
-        an index can tell apart, or there is no memory for it."""
+        may have ahead, by default a 64th of the slab or 64 MiB. Raises ConfigError if the slab has more
+        blocks than an index can tell apart, or there is no memory for it."""
         if most_granted is None:
-            most_granted = most_granted_bytes(slab.capacity_bytes)
+            most_granted = min(_MOST_GRANTED_BYTES, int(_MOST_GRANTED * slab.capacity_bytes))
+        self.most_granted_bytes = most_granted
         _, self._node, self._ffi = load_native()
         self._segment_bytes = slab.segment_bytes
         self._clock_ns = clock_ns
@@ -124,7 +125,10 @@ class Index:
                 "longest_lease_ns": int(MAX_LEASE_S * _NS),
                 "most_leased_rows": most_leased_rows,
                 "most_held_bytes": int(MOST_HELD * slab.capacity_bytes),
-                "most_granted_bytes": most_granted,
+                "most_granted_bytes": self.most_granted_bytes,
+                "most_granted_in_all_bytes": max(
+                    most_granted, int(_MOST_GRANTED_IN_ALL * slab.capacity_bytes)
+                ),
                 "eviction_batch": eviction_batch,
                 "directory": 0 if directory is None else directory.address,
                 "directory_entries": 0 if directory is None else directory.length // DIRECTORY_ENTRY_BYTES,
@@ -185,8 +189,10 @@ class Index:
     def grant(self, owner: int, length: int, slots: int) -> bytes:
         """Addresses (u64) of slots for blocks of ``length`` bytes that the owner will tell of in its ring.
 
-        Up to ``slots``, MAX_GRANTED and ``most_granted_bytes``; none without a ring. They are the owner's for
-        RESERVATION_S seconds, or until the next call for it. Evicts where it must.
+        As many as it asks for, MAX_GRANTED at most; none without a ring, for more than
+        ``most_granted_bytes``, if owners have an eighth of the slab ahead, or if there is no room, or was none for somebody within
+        RESERVATION_S. They are the owner's for RESERVATION_S seconds, or until the next call for it.
+        Evicts where it must.
         """
         addresses = bytearray(8 * min(slots, MAX_GRANTED))
         count = self._node.polar_grant(
@@ -297,11 +303,6 @@ class Index:
 
     def _words(self, data: bytes | bytearray) -> FFI.CData:
         return self._ffi.from_buffer(_WORDS, data)
-
-
-def most_granted_bytes(capacity_bytes: int) -> int:
-    """What one writer may have ahead of a slab."""
-    return min(_MOST_GRANTED_BYTES, int(_MOST_GRANTED * capacity_bytes))
 
 
 def _count(keys: bytes, parents: bytes | None = None) -> int:

@@ -36,8 +36,8 @@ class Link(NamedTuple):
     def carries(self, size: int) -> bool:
         """Whether blocks of ``size`` bytes in all go through ``control``.
 
-        In one exchange: copying from or to a mapping, which is quicker for many, takes one before it, unless
-        it is to read what a directory has, and another one behind it to write.
+        In one exchange: copying from or to a mapping, which is quicker for many, takes one before it, and
+        another one behind it to write, unless a directory has what is read, or slots are granted.
         """
         return self.streamed or (self.carries_few and size <= _MOST_CARRIED_BYTES)
 

@@ -28,7 +28,7 @@ _COUNTERS = {
     "hits": "Blocks asked for and found, or read by the directory.",
     "misses": "Blocks asked for and not found.",
     "commits": "Blocks written.",
-    "late_commits": "Blocks written after their reservation had expired, and dropped.",
+    "late_commits": "Blocks written to slots that were not the writer's any more, and dropped.",
     "evictions": "Blocks evicted to make room.",
     "corrupt": "Blocks dropped because a reader found a wrong checksum.",
     "sent_blocks": "Blocks sent to clients, through connections or by puts.",

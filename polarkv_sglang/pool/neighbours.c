@@ -13,6 +13,7 @@ struct neighbour {
     uint64_t heard;
     int64_t deadline_ns; /* of what it was granted */
     uint32_t count;      /* slots */
+    uint64_t addresses[POLAR_MOST_GRANTED];
     uint32_t rows[POLAR_MOST_GRANTED];
     struct neighbour *next;
 };
@@ -35,8 +36,9 @@ static void forget_granted(polar_index *index, struct neighbour *neighbour) {
 static uint32_t take_granted(polar_index *index, struct neighbour *neighbour, uint64_t address) {
     for (uint32_t i = neighbour->count; i--;) {
         uint32_t row = neighbour->rows[i];
-        if (row_of(index, row)->address != address) continue;
+        if (neighbour->addresses[i] != address) continue;
         neighbour->rows[i] = neighbour->rows[--neighbour->count];
+        neighbour->addresses[i] = neighbour->addresses[neighbour->count];
         index->granted_bytes -= slot_bytes_of(row_of(index, row)->length);
         return row;
     }
@@ -84,6 +86,7 @@ static void hear_of_use(polar_index *index, const struct notice *notice) {
 static void hear(polar_index *index, struct neighbour *neighbour) {
     struct ring *ring = neighbour->ring;
     uint64_t told = ring ? __atomic_load_n(&ring->told, __ATOMIC_ACQUIRE) : neighbour->heard;
+    if (told == neighbour->heard) return;
     if (told - neighbour->heard > NOTICES) {
         neighbour->ring = NULL;
         return;
@@ -95,7 +98,7 @@ static void hear(polar_index *index, struct neighbour *neighbour) {
         else
             hear_of_use(index, &notice);
     }
-    if (ring) __atomic_store_n(&ring->heard, told, __ATOMIC_RELEASE);
+    __atomic_store_n(&ring->heard, told, __ATOMIC_RELEASE);
 }
 
 void enter(polar_index *index) {
@@ -158,30 +161,44 @@ void polar_close_ring(polar_index *index, uint64_t owner) {
     pthread_mutex_unlock(&index->lock);
 }
 
+/* Gives a client so many slots, all or none: what is left is for those who ask for less. */
+static bool grant(polar_index *index, struct neighbour *neighbour, uint64_t length, uint32_t count) {
+    uint32_t got;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t row = neighbour->rows[i] = new_row(&index->table);
+        row_of(index, row)->state = GRANTED;
+        row_of(index, row)->generation = index->generation++;
+    }
+    got = make_room(index, neighbour->rows, count, length);
+    for (uint32_t i = 0; i < count; i++) neighbour->addresses[i] = row_of(index, neighbour->rows[i])->address;
+    for (uint32_t i = 0; i < count && got < count; i++) discard(index, neighbour->rows[i]);
+    if (got < count) return false;
+    neighbour->count = count;
+    index->granted_bytes += count * slot_bytes_of(length);
+    return true;
+}
+
+/* Whether so many slots may be ahead of their use. They stay where they are, so they are few, and none for a while
+ * after somebody found no room: a segment with one of them cannot be emptied for blocks of another length. */
+static bool may_grant(const polar_index *index, uint64_t length, uint32_t count, int64_t now_ns) {
+    uint64_t bytes = count * slot_bytes_of(length);
+    return fits(&index->slab, length) && now_ns >= index->crowded_until_ns && bytes <= index->settings.most_granted_bytes &&
+           index->granted_bytes + bytes <= index->settings.most_granted_in_all_bytes;
+}
+
 uint32_t polar_grant(polar_index *index, uint64_t owner, uint64_t length, uint32_t count, int64_t now_ns,
                      uint64_t *addresses) {
     struct neighbour *neighbour;
-    uint32_t got = 0;
+    uint32_t granted = 0;
     enter(index);
     neighbour = neighbour_of(index, owner);
-    if (neighbour && neighbour->ring && fits(&index->slab, length)) {
-        uint64_t most = index->settings.most_granted_bytes / slot_bytes_of(length);
-        if (most > POLAR_MOST_GRANTED) most = POLAR_MOST_GRANTED;
-        if (count > most) count = (uint32_t)most;
+    if (neighbour && neighbour->ring && count <= POLAR_MOST_GRANTED) {
         forget_granted(index, neighbour);
         if (!has_room(&index->slab, length)) expire(index, now_ns);
-        for (uint32_t i = 0; i < count; i++) {
-            uint32_t row = neighbour->rows[i] = new_row(&index->table);
-            row_of(index, row)->state = GRANTED;
-            row_of(index, row)->generation = index->generation++;
-        }
-        got = make_room(index, neighbour->rows, count, length);
-        for (uint32_t i = got; i < count; i++) free_row(&index->table, neighbour->rows[i]);
-        for (uint32_t i = 0; i < got; i++) addresses[i] = row_of(index, neighbour->rows[i])->address;
-        neighbour->count = got;
         neighbour->deadline_ns = now_ns + index->settings.reservation_ns;
-        index->granted_bytes += got * slot_bytes_of(length);
+        if (may_grant(index, length, count, now_ns) && grant(index, neighbour, length, count)) granted = count;
+        for (uint32_t i = 0; i < granted; i++) addresses[i] = neighbour->addresses[i];
     }
     pthread_mutex_unlock(&index->lock);
-    return got;
+    return granted;
 }

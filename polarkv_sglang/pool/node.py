@@ -185,6 +185,7 @@ async def memory_node(settings: NodeSettings) -> AsyncIterator[MemoryNode]:
             base_address=slab.base_address,
             capacity_bytes=slab.capacity_bytes,
             segment_bytes=slab.segment_bytes,
+            most_granted_bytes=index.most_granted_bytes,
             shared=share(memory.fd, memory.capacity_bytes) if context.shares_memory else None,
             directory=share(directory.fd, directory.length) if directory is not None else None,
         )

@@ -102,10 +102,10 @@ class Stream:
     ) -> None:
         """Answer the request to stream, and serve what follows, through a socket that nobody else uses now.
 
-        ``owner``: of leases and reservations, see ``Index``. ``ring``: offer the client one. ``replicate`` is
-        called in the thread, and ``on_end`` on the event loop, with what the client did wrong, if it did.
-        Raises OSError if there is no descriptor for it, RuntimeError if there is no thread, MemoryError if
-        there is no memory.
+        ``owner``: of leases and reservations, see ``Index``. ``ring``: offer the client one, if there can be.
+        ``replicate`` is called in the thread, and ``on_end`` on the event loop, with what the client did
+        wrong, if it did. Raises OSError if there is no descriptor for it, RuntimeError if there is no thread,
+        MemoryError if there is no memory.
         """
         self._shared = shared
         self._owner = owner
@@ -117,8 +117,7 @@ class Stream:
         thread = ThreadPoolExecutor(1, thread_name_prefix="polarkv-stream")
         try:
             if ring:
-                self._ring = SharedMemory("polarkv-ring", RING_BYTES)
-                shared.index.open_ring(owner, self._ring)
+                self._open_ring()
             if self._socket.getpeername()[0] == self._socket.getsockname()[0]:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._served = Served(shared.index, owner, self._socket.fileno())
@@ -134,6 +133,17 @@ class Stream:
         """Have it end soon."""
         with contextlib.suppress(OSError):  # the client was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _open_ring(self) -> None:
+        """The client does without one where there is no memory or descriptor for it."""
+        with contextlib.suppress(OSError, MemoryError):
+            ring = SharedMemory("polarkv-ring", RING_BYTES)
+            try:
+                self._shared.index.open_ring(self._owner, ring)
+            except MemoryError:
+                ring.close()
+                raise
+            self._ring = ring
 
     def _close(self) -> None:
         self._socket.close()

@@ -1,4 +1,4 @@
-"""Writing blocks: reserve slots, move the bytes, commit."""
+"""Writing blocks: to slots that are granted, see ahead.py; else reserve some, move the bytes, commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polarkv_sglang.pool.blocks import Chain, Pieces, blob, positions, spread
 from polarkv_sglang.pool.link import Lane, Link
 from polarkv_sglang.pool.membership import Membership
 from polarkv_sglang.pool.memory import LocalMemory
-from polarkv_sglang.pool.requests import Requests, Route
+from polarkv_sglang.pool.requests import Requests, Route, Sent
 from polarkv_sglang.pool.routes import Moved, Part, move, route_blocks, usable_nodes
 from polarkv_sglang.transport import Direction, Library
 from polarkv_sglang.transport.columns import unpack_u64
@@ -69,34 +69,32 @@ class Writer:
         outcomes = bytearray(len(chain.keys))
         reserved: dict[str, tuple[int, Part]] = {}  # by node
         streaming: list[tuple[Route, Call]] = []
-        asking: list[Route] = []
+        reserve_by = started + _RESERVE_BY * self._deadline_s
         nodes = usable_nodes(self._lane, self._membership.live)
         routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
-        for route in routes:
-            alone = len(routes) == 1
-            states = self._ahead.write(chain, pieces, route, checksums, started, alone=alone)
+        # They work while blocks are copied for the others.
+        far = [route for route in routes if route.link.granted is None]
+        sent = self._reserve(chain, pieces, far, checksums, reserve_by, streaming) if far else []
+        for route in routes if len(far) < len(routes) else ():
+            if route.link.granted is None:
+                continue
+            states = self._ahead.write(chain, pieces, route, checksums, started, alone=len(routes) == 1)
             if states is not None:
                 spread(states, route.blocks, outcomes)  # WRITTEN and PRESENT are what they are there
-                continue
-            size = len(route.blocks) * pieces.block_bytes
-            if size <= _UNASKED_BYTES and route.link.carries(size):
-                streaming.append(_store(chain, pieces, route, checksums))
             else:
-                asking.append(route)
-        if asking:
-            reserve_by = started + _RESERVE_BY * self._deadline_s
-            for route, reply in self._reserve(chain, pieces, asking, reserve_by):
-                its = reply.states.translate(_OUTCOMES)
-                spread(its.replace(_WRITTEN, b"\0"), route.blocks, outcomes)  # not yet
-                ours = np.frombuffer(its, np.uint8) == WRITTEN
-                if not ours.any():
-                    continue
-                blocks = route.blocks[ours]
-                if route.link.streamed:
-                    streaming.append(_fill(pieces, Route(route.link, blocks), reply, checksums))
-                else:
-                    part = Part(route.link, blocks, unpack_u64(reply.address_blob)[ours])
-                    reserved[route.link.address] = reply.reservation, part
+                sent += self._reserve(chain, pieces, [route], checksums, reserve_by, streaming)
+        for route, reply in self._requests.collect(self._lane, sent, Reserved, reserve_by):
+            its = reply.states.translate(_OUTCOMES)
+            spread(its.replace(_WRITTEN, b"\0"), route.blocks, outcomes)  # not yet
+            ours = np.frombuffer(its, np.uint8) == WRITTEN
+            if not ours.any():
+                continue
+            blocks = route.blocks[ours]
+            if route.link.streamed:
+                streaming.append(_fill(pieces, Route(route.link, blocks), reply, checksums))
+            else:
+                part = Part(route.link, blocks, unpack_u64(reply.address_blob)[ours])
+                reserved[route.link.address] = reply.reservation, part
         if streaming:
             share = _STREAM_BY if reserved else 1.0
             self._stream(streaming, pieces.piece_bytes, started + share * self._deadline_s, outcomes)
@@ -144,11 +142,25 @@ class Writer:
             spread(moved.arrived[route.blocks].tobytes(), route.blocks, outcomes)  # WRITTEN is 1
 
     def _reserve(
-        self, chain: Chain, pieces: Pieces, routes: list[Route], by: float
-    ) -> list[tuple[Route, Reserved]]:
-        sent = self._requests.send(
+        self,
+        chain: Chain,
+        pieces: Pieces,
+        routes: list[Route],
+        checksums: npt.NDArray[np.uint64] | None,
+        by: float,
+        streaming: list[tuple[Route, Call]],
+    ) -> list[Sent]:
+        """Ask for slots, or have the blocks ``streaming`` where that is quicker."""
+        asking: list[Route] = []
+        for route in routes:
+            size = len(route.blocks) * pieces.block_bytes
+            if size <= _UNASKED_BYTES and route.link.carries(size):
+                streaming.append(_store(chain, pieces, route, checksums))
+            else:
+                asking.append(route)
+        return self._requests.send(
             self._lane,
-            routes,
+            asking,
             lambda link, blocks: Reserve(
                 link.control.next_id(),
                 blob(chain.keys, blocks),
@@ -157,7 +169,6 @@ class Writer:
             ),
             by,
         )
-        return self._requests.collect(self._lane, sent, Reserved, by)
 
     def _commit(self, reserved: dict[str, tuple[int, Part]], moved: Moved, by: float) -> list[Route]:
         """Make visible what arrived; the routes whose nodes have done so."""

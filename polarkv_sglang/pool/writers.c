@@ -59,6 +59,7 @@ static uint64_t reserve(polar_index *index, uint64_t owner, const uint8_t *keys,
     }
     added = at = add_new(index, keys, parents, count, reservation->rows, states);
     got = make_room(index, reservation->rows, added, length);
+    if (got < added && fits(&index->slab, length)) index->crowded_until_ns = now_ns + index->settings.reservation_ns;
     for (uint32_t i = added; i-- > got;) abort_row(index, reservation->rows[i]);
     for (uint32_t i = count; i--;) {
         if (states[i] == POLAR_RESERVED && --at < got) addresses[i] = row_of(index, reservation->rows[at])->address;

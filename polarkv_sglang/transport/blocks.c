@@ -54,7 +54,7 @@ static inline void stream(uint8_t *to, uint8_t *kept, const uint8_t *from, size_
         if (kept) memcpy(kept, to, head);
         for (at = head; length - at >= CACHE_LINE; at += CACHE_LINE) {
             const __m128i *source = (const __m128i *)(from + at);
-            __m128i *target = (__m128i *)(to + at), *copy = (__m128i *)(kept + at);
+            __m128i *target = (__m128i *)(to + at), *copy;
             __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
             __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
             if (at + AHEAD < readable) __builtin_prefetch(from + at + AHEAD);
@@ -63,6 +63,7 @@ static inline void stream(uint8_t *to, uint8_t *kept, const uint8_t *from, size_
             _mm_stream_si128(target + 2, c);
             _mm_stream_si128(target + 3, d);
             if (!kept) continue;
+            copy = (__m128i *)(kept + at);
             _mm_storeu_si128(copy, a);
             _mm_storeu_si128(copy + 1, b);
             _mm_storeu_si128(copy + 2, c);

@@ -8,8 +8,6 @@
 #include "copies.h"
 #include "lookup.h"
 
-enum { KEY_BYTES = 16 };
-
 static polar_directory *directory_of(const polar_lookup *lookup, uint32_t number) {
     return lookup->directories[lookup->directory ? lookup->directory[number] : 0];
 }
@@ -66,7 +64,7 @@ static void tell_reads(const polar_lookup *lookup) {
         if (!directory_of(lookup, i)->untold)
             note(directory_of(lookup, i), (struct notice){.kind = BLOCK_READ}, lookup->keys + (size_t)i * KEY_BYTES);
     for (uint32_t i = 0; i < lookup->directory_count; i++)
-        if (!lookup->directories[i]->untold) tell(lookup->directories[i]);
+        if (lookup->directories[i]->ring && !lookup->directories[i]->untold) tell(lookup->directories[i]);
 }
 
 int polar_look_up(const polar_lookup *lookup) {

@@ -7,6 +7,8 @@
 #include "directory.h"
 #include "ring.h"
 
+enum { KEY_BYTES = 16 };
+
 #pragma GCC visibility push(hidden)
 
 /* The entry of a key of 16 bytes, as it was when nobody was writing it; without a generation if there is none. */

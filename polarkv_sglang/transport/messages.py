@@ -18,6 +18,7 @@ from polarkv_sglang.transport.shared import SharedHandle
 PROTOCOL_VERSION = 7
 MAX_KEYS = 8192  # keys in one request: bounds how long one message can hold the memory node
 MAX_GRANTED = 256  # slots that one writer has ahead
+RESERVATION_S = 30.0  # slots are a writer's so long, reserved or granted
 MAX_LEASE_S = 60.0  # a longer lease is shortened to this
 MAX_FETCH_S = 10.0  # so is a longer time to fetch in: a node that is told to stop waits for its puts
 MAX_FETCH_REGIONS = 64
@@ -106,6 +107,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     segment_bytes: Count  # no block can be longer
     shared: SharedHandle | None = None  # of the slab, for ranks on the node's host; None: not offered
     directory: SharedHandle | None = None  # likewise, of what tells where blocks lie in it
+    most_granted_bytes: Count = 0  # see Grant
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
@@ -162,7 +164,8 @@ class Committed(Message, frozen=True, tag="committed"):
 class Grant(Message, frozen=True, tag="grant"):
     """Ask for slots ahead, for blocks of ``length`` bytes that will be told of in the connection's ring.
 
-    What was granted to this connection before and is not written by then is not granted any more.
+    What was granted to this connection before and is not written by then is not granted any more. They are
+    all granted or none: none if they are of more bytes than ``Welcome`` allows.
     """
 
     request_id: Count
@@ -171,10 +174,10 @@ class Grant(Message, frozen=True, tag="grant"):
 
 
 class Granted(Message, frozen=True, tag="granted"):
-    """Slots, until blocks are told to be there or the grant has expired (30 s)."""
+    """Slots, until blocks are told to be there or the grant has expired (RESERVATION_S)."""
 
     request_id: Count
-    address_blob: bytes  # as many as there is room for, none without a ring
+    address_blob: bytes  # as many as were asked for; none if there is no room, or no ring
 
     def __post_init__(self) -> None:
         _check_columns(len(self.address_blob) // 8, self.address_blob)
@@ -519,7 +522,7 @@ class NodeStatistics(Message, frozen=True, tag="node_statistics", kw_only=True):
     hits_total: Count
     misses_total: Count
     commits_total: Count
-    late_commits_total: Count  # keys whose reservation had expired when they were committed
+    late_commits_total: Count  # keys that were committed to slots which were not the writer's any more
     evictions_total: Count
     corrupt_total: Count
     expired_leases_total: Count

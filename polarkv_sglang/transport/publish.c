@@ -9,8 +9,6 @@
 #include "copies.h"
 #include "lookup.h"
 
-enum { KEY_BYTES = 16 };
-
 /* Whether the node, as far as the socket knows, has not ended the connection. */
 static bool stands(int fd) {
     char byte;

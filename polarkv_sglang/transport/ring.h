@@ -34,7 +34,7 @@ struct ring {
     struct notice notices[NOTICES];
 };
 
-_Static_assert(sizeof(struct notice) == 64 && sizeof(struct ring) == 65536, "ring.py knows it");
+_Static_assert(sizeof(struct notice) == 64 && sizeof(struct ring) == 65536, "directory.py knows it");
 
 static inline struct notice *notice_at(struct ring *ring, uint64_t number) {
     return &ring->notices[number % NOTICES];

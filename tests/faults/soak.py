@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.networks import Host, Link, network, why_not
 from examples.common import tiny_models
-from polarkv_sglang.pool.index import RESERVATION_S
+from polarkv_sglang.transport.messages import RESERVATION_S
 from tests.engine.servers import STRICT_CHECKS, Server, prompt, running_server
 from tests.faults import conversations, schedule
 from tests.faults.conversations import Answered, Turn, Users

@@ -17,12 +17,13 @@ import pytest
 
 from polarkv_sglang.identity import NO_PARENT
 from polarkv_sglang.pool.blocks import Pieces
-from polarkv_sglang.pool.index import RESERVATION_S, most_granted_bytes
+from polarkv_sglang.pool.index import Index
 from polarkv_sglang.pool.native import load_native
 from polarkv_sglang.pool.pages import SharedMemory
+from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.transport import checksums
 from polarkv_sglang.transport.directory import RING_BYTES
-from polarkv_sglang.transport.messages import MAX_GRANTED, KeyState
+from polarkv_sglang.transport.messages import MAX_GRANTED, RESERVATION_S, KeyState
 from tests.pool.rank import DEADLINE_S, PIECE_BYTES, a_rank, prompt, wait_until_live
 from tests.pool.rings import NOTICES, OFFERED, READ, WRITTEN, Ring
 from tests.pool.small import SLOT, Pool, chain
@@ -165,10 +166,10 @@ def test_of_who_is_gone_what_was_told_is_kept_and_what_was_not_until_its_time_is
         pool.index.close_ring(OWNER)
         assert pool.present([key]) == [True]
         assert pool.index.hold(OTHER, [key], 60.0)[0]
-        assert pool.index.grant(OTHER, SLOT, 4) == []
+        assert pool.put(chain("other", 1)) == bytes([KeyState.NO_ROOM])
         ring.tell(WRITTEN, chain("dead", 1)[0], NO_PARENT, 1)  # nobody hears that
         pool.now += RESERVATION_S
-        assert len(pool.index.grant(OTHER, SLOT, 4)) == 3
+        assert pool.put(chain("other", 3)) == bytes([KeyState.RESERVED] * 3)
         assert ring.waiting == 1
 
 
@@ -212,15 +213,65 @@ def test_what_is_told_to_be_read_or_offered_again_is_fresh_and_only_reads_are_hi
 
 
 def test_what_is_granted_has_limits_and_evicts_as_a_write_does():
-    with neighbours(OWNER, segments=2, slots=3) as (pool, _):
-        old = chain("old", 8)
+    with neighbours(OWNER, segments=6, slots=3) as (pool, _):
+        old = chain("old", 24)
         pool.put(old)
-        assert len(pool.index.grant(OWNER, SLOT, MAX_GRANTED)) == 3
-        assert pool.present(old) == [True] * 5 + [False] * 3
+        assert pool.index.grant(OWNER, SLOT, 4) == []  # over its limit
+        assert pool.present(old) == [True] * 24
+        assert len(pool.index.grant(OWNER, SLOT, 3)) == 3
+        assert pool.present(old) == [True] * 21 + [False] * 3
         assert pool.index.grant(OWNER, 5 * SLOT, 1) == []  # longer than a segment
         assert pool.index.grant(OTHER, SLOT, 1) == []  # it has no ring
-        assert pool.index.hold(OTHER, old[:4], 60.0)[0]
-        assert pool.index.grant(OWNER, 4 * SLOT, 1) == []  # over its limit
+
+
+def test_all_owners_together_have_an_eighth_of_the_slab_ahead():
+    with neighbours(OWNER, OTHER, segments=8, slots=3) as (pool, _):
+        assert len(pool.index.grant(OWNER, SLOT, 3)) == 3
+        assert pool.index.grant(OTHER, SLOT, 2) == []
+        assert len(pool.index.grant(OTHER, SLOT, 1)) == 1
+
+
+def test_all_that_was_asked_for_is_granted_or_nothing():
+    with neighbours(OWNER, segments=8) as (pool, _):
+        here = chain("here", 30)
+        pool.put(here)
+        pool.put(chain("two", 2))
+        assert pool.index.locate(OTHER, [*here, chain("two", 2)[0]], 60.0).number
+        assert pool.index.grant(OWNER, SLOT, 2) == []  # there is room for one
+        assert pool.index.statistics().granted_bytes == 0
+        assert pool.put(chain("new", 1)) == bytes([KeyState.RESERVED])
+
+
+def test_nothing_is_granted_for_a_while_after_somebody_found_no_room():
+    """What is granted would keep segments from being emptied for him."""
+    with neighbours(OWNER, segments=8) as (pool, _):
+        keys = chain("held", 32)
+        pool.put(keys)
+        lease = pool.index.locate(OTHER, keys, 60.0).number
+        assert pool.put(chain("none", 1)) == bytes([KeyState.NO_ROOM])
+        pool.index.release(OTHER, lease)
+        assert pool.index.grant(OWNER, SLOT, 1) == []
+        pool.now += RESERVATION_S
+        assert len(pool.index.grant(OWNER, SLOT, 1)) == 1
+
+
+def test_ranks_with_slots_ahead_leave_room_for_blocks_of_other_lengths():
+    dice = random.Random(4)
+    with neighbours(*range(1, 9), segments=16, slots=8) as (pool, rings):
+        for number in range(64):
+            pool.put([number.to_bytes(16, "big")])
+        for _ in range(200):
+            pool.use([dice.randrange(64).to_bytes(16, "big")])
+        for owner in range(1, 9):
+            pool.index.grant(owner, SLOT, 1)
+        states = [pool.put(chain(f"long {turn}", 1), length=2 * SLOT)[0] for turn in range(8)]
+        if KeyState.NO_ROOM in states:
+            for _ in range(100):
+                for owner, ring in zip(range(1, 9), rings):
+                    for address in pool.index.grant(owner, SLOT, 1):
+                        ring.tell(WRITTEN, dice.randbytes(16), NO_PARENT, address)
+                pool.now += RESERVATION_S / 50
+        assert pool.put(chain("at last", 4), length=2 * SLOT) == bytes([KeyState.RESERVED] * 4)
 
 
 def test_a_segment_with_a_granted_slot_is_not_emptied_for_blocks_of_another_length():
@@ -233,9 +284,8 @@ def test_a_segment_with_a_granted_slot_is_not_emptied_for_blocks_of_another_leng
 
 
 def test_most_of_a_node_that_one_writer_may_have_ahead():
-    assert most_granted_bytes(2 << 30) == 32 << 20
-    assert most_granted_bytes(1 << 40) == 64 << 20
-    assert most_granted_bytes(1 << 20) == 16 << 10
+    for capacity, most in [(2 << 30, 32 << 20), (1 << 40, 64 << 20), (1 << 20, 16 << 10)]:
+        assert Index(Slab(1 << 40, capacity, 1 << 20)).most_granted_bytes == most
     _, node, _ = load_native()
     assert node.POLAR_MOST_GRANTED == MAX_GRANTED
 
@@ -298,13 +348,41 @@ def test_granted_slots_are_written_while_their_node_answers_nothing():
         assert rank.put(prompt("first", 1)) == [True]
         node.freeze()
         started = time.monotonic()
-        assert rank.put(prompt("frozen", 20)) == [True] * 20
+        assert rank.put(prompt("frozen", 10)) == [True] * 10
         assert time.monotonic() - started < DEADLINE_S / 2
+        assert rank.put(prompt("more", 10)) == [False] * 10  # than it had granted
         os.kill(node.pid, signal.SIGCONT)
-        eventually(lambda: node.statistics().blocks == 21)
+        eventually(lambda: node.statistics().blocks == 11)
         wait_until_live(rank, 1)
-        assert rank.get(prompt("frozen", 20)) == [True] * 20
-        assert (rank.memory[:, :20] == before[:, :20]).all()
+        assert rank.get(prompt("frozen", 10)) == [True] * 10
+        assert (rank.memory[:, :10] == before[:, :10]).all()
+
+
+def test_slots_are_not_written_to_once_they_may_be_anothers():
+    with running_node("256MiB") as node, a_rank(node.address) as rank:
+        assert rank.put(prompt("first", 1)) == [True]
+        [link] = rank.client._put_lane.links.values()
+        assert link.granted is not None
+        assert link.granted.unused.left == 15
+        link.granted._asked_at -= RESERVATION_S - DEADLINE_S / 2  # a put may last longer than that
+        node.freeze()
+        assert rank.put(prompt("second", 1)) == [False]
+        os.kill(node.pid, signal.SIGCONT)
+        wait_until_live(rank, 1)
+        assert rank.put(prompt("second", 1)) == [True]
+        assert node.statistics().late_commits_total == 0
+
+
+def test_who_writes_much_gets_more_slots_at_a_time():
+    with running_node("256MiB") as node, a_rank(node.address) as rank:
+        [link] = rank.client._put_lane.links.values()
+        assert link.granted is not None
+        left = []
+        for number in range(80):
+            assert rank.put(prompt(f"block {number}", 1)) == [True]
+            if link.granted.awaited is None:
+                left.append(link.granted.unused.left)
+        assert (left[0], left[15], left[46]) == (15, 31, 63)
 
 
 def test_a_put_to_a_node_that_is_gone_is_none():

@@ -9,8 +9,7 @@ import threading
 import pytest
 
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.pool.index import RESERVATION_S
-from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
+from polarkv_sglang.transport.messages import MAX_LEASE_S, RESERVATION_S, KeyState
 from tests.pool.small import BASE, SEGMENT, SLOT, Pool, chain
 
 MILLION = 1_000_000

@@ -24,10 +24,9 @@ from hypothesis.stateful import (
 )
 
 from polarkv_sglang.identity import NO_PARENT
-from polarkv_sglang.pool.index import RESERVATION_S
 from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import PAGE_BYTES, Slab
-from polarkv_sglang.transport.messages import MAX_LEASE_S, KeyState
+from polarkv_sglang.transport.messages import MAX_LEASE_S, RESERVATION_S, KeyState
 from tests.pool.listed import ListedIndex
 from tests.pool.rings import OFFERED, READ, WRITTEN, Ring
 
@@ -106,7 +105,7 @@ class IndexMachine(RuleBasedStateMachine):
             Slab(BASE, CAPACITY_BYTES, SEGMENT_BYTES),
             directory=self.directory,
             eviction_batch=2,  # so that it has to look again and again
-            most_granted=2 * PAGE_BYTES + 1,
+            most_granted=4 * PAGE_BYTES,
             clock=lambda: self.now,
         )
         self.rings = {owner: Ring() for owner in (1, 2)}
@@ -232,9 +231,8 @@ class IndexMachine(RuleBasedStateMachine):
         length = length if self.mixed else min(length, PAGE_BYTES)
         idle = self.idle_leaves()
         addresses = self.index.grant(owner, length, slots)
-        assert len(addresses) <= min(
-            slots, 2 if length <= PAGE_BYTES else 1 if length <= 2 * PAGE_BYTES else 0
-        )
+        assert len(addresses) in (0, slots)
+        assert len(addresses) * -(-length // PAGE_BYTES) <= 4
         for key in self.evicted(idle, ()):
             del self.committed[key]
         for address in addresses:

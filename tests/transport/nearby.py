@@ -12,6 +12,7 @@ from tests.transport.conftest import checksum
 
 LENGTH = 12_300  # of a block
 SETS, WAYS = 16, 4
+NOTICES = 1022  # that a ring has room for
 BASE = 1 << 40  # of the slab in the node that there might be
 VERSION, KEY, ADDRESS, BYTES, CHECKSUM, GENERATION = 0, slice(1, 3), 3, 4, 5, 6  # words of an entry
 

@@ -25,6 +25,7 @@ from tests.transport.nearby import (
     GENERATION,
     KEY,
     LENGTH,
+    NOTICES,
     SETS,
     VERSION,
     Node,
@@ -62,6 +63,33 @@ def test_blocks_that_it_has_are_read(node: Node):
     assert looked.states == bytes([READ] * 3)
     assert looked.generations.tolist() == [103, 101, SETS + 102]
     assert [block.tobytes() for block in memory] == [node.block(3), node.block(1), node.block(9)]
+
+
+def test_nodes_are_told_what_was_read_heads_last_if_there_is_room(node: Node):
+    node.publish(1, place=1)
+    node.publish(2, place=2)
+    directory, slab = node.share()
+    look_up, memory = LookUp(load_library()), np.zeros((2, LENGTH), np.uint8)
+    starts = memory.ctypes.data + np.arange(2, dtype=np.uint64) * np.uint64(LENGTH)
+    arguments = [directory], None, keys(1, 2), starts[:, None], LENGTH, 10.0
+    assert look_up.read(*arguments) is not None
+    assert not directory.untold
+    told = node.ring[16:].reshape(-1, 8)
+    assert node.ring[0] == 2
+    assert told[:3, :3].tolist() == [[0, 2, 7], [0, 1, 7], [0, 0, 0]]
+    before = node.ring.copy()
+    before[0] = node.ring[0] = NOTICES - 1  # room for one
+    assert look_up.read(*arguments) is not None
+    assert directory.untold
+    assert (node.ring == before).all()
+    # One without a ring, and one of which nothing is asked.
+    bare = open_directory(load_library(), share(node.fds[0], node.words.nbytes), slab)
+    assert bare is not None
+    assert look_up.read([bare], *arguments[1:]) is not None
+    assert bare.untold
+    assert look_up.read([bare], None, b"", starts[:0, None], LENGTH, 1.0) is not None
+    for opened in (bare, directory, slab):
+        opened.close()
 
 
 def test_nothing_is_read_where_one_is_missing(node: Node):

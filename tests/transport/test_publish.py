@@ -14,10 +14,10 @@ from polarkv_sglang.transport import load_library
 from polarkv_sglang.transport.directory import RING_BYTES, Directory
 from polarkv_sglang.transport.publish import WAS_THERE, WRITTEN, Publish, Slots
 from tests.transport.conftest import checksum
-from tests.transport.nearby import BASE, LENGTH, Node, keys
+from tests.transport.nearby import BASE, LENGTH, NOTICES, Node, keys
 
 PIECE = LENGTH // 3
-NOTICES, FIRST, WORDS = 1022, 16, 8
+FIRST, WORDS = 16, 8
 TOLD, HEARD = 0, 8  # words of a ring
 PLACES = 16  # for blocks, in the slab
 
@@ -99,6 +99,14 @@ def test_what_is_there_is_not_written_and_takes_no_slot(writer: Writer):
     changed = np.flatnonzero(np.array(writer.node.slab) != before)
     assert changed.min() >= 5 * 16_384
     assert changed.max() < 5 * 16_384 + LENGTH
+
+
+def test_what_was_read_and_is_gone_since_is_written_again(writer: Writer):
+    """The node has not heard of the reading yet, which does not mean that the block is there."""
+    writer.node.ring[FIRST : FIRST + 3] = 0, 1, 7
+    writer.node.ring[TOLD] = 1
+    writer.grant(5)
+    assert writer.write(1) == bytes([WRITTEN])
 
 
 def test_nothing_is_written_if_there_are_too_few_slots(writer: Writer):
