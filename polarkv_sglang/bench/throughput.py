@@ -45,7 +45,6 @@ class Plan(NamedTuple):
     batch_blocks: Sequence[int]
     repeats: int
     memory_bytes: int  # for blocks, ours and the memory node's together
-    full: bool  # fill the node first, so that every put evicts
     ucx_library: str | None = None
 
     @property
@@ -96,7 +95,9 @@ def measure(plan: Plan, pool: Pool | None, say: Say) -> Iterator[Row]:
             if batches:
                 try:
                     with _ranked(plan, pool, transport, block_bytes, arena, say) as (rank, raw_puts):
-                        size.measure(rank, raw_puts, plan.repeats, plan.memory_bytes // 2 if plan.full else 0)
+                        size.measure(
+                            rank, raw_puts, plan.repeats, plan.memory_bytes // 2 if pool is None else 0
+                        )
                 except (NodeError, TransportError) as error:
                     size.give_up(batches, str(error))
             yield from size.rows()
@@ -165,11 +166,16 @@ class _Size:
         self._samples: dict[tuple[str, int], list[float]] = defaultdict(list)
 
     def measure(self, rank: Rank, raw_puts: RawPuts | None, repeats: int, fill_bytes: int) -> None:
-        """Raises NodeError if the pool cannot be used any more."""
+        """Raises NodeError if the pool cannot be used any more.
+
+        ``fill_bytes`` are written and read before: a node that has been in use is full, and mapped.
+        """
         self._raw_puts = raw_puts
         blocks = max(1, min(MAX_WINDOW, self._arena.room_bytes // self._block_bytes))
         for _ in range(-(-fill_bytes // (blocks * self._block_bytes))):
-            rank.put(self._arena.batches(self._block_bytes, blocks, 1))
+            batches = self._arena.batches(self._block_bytes, blocks, 1)
+            rank.put(batches)
+            rank.get(batches)
         for _ in range(repeats):
             left = [blocks for blocks in self._batches if blocks not in self._given_up]
             for window in sorted({min(blocks, MAX_WINDOW) for blocks in left}):

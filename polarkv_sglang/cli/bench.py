@@ -78,11 +78,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="For blocks, the node's and ours together; what does not fit is skipped. Default: %(default)s.",
     )
     parser.add_argument(
-        "--full",
-        action="store_true",
-        help="Fill the memory node first, so that every put evicts, as in a pool that is full.",
-    )
-    parser.add_argument(
         "--nodes",
         metavar="A:P,B:P",
         help="Memory nodes to measure instead; blocks that they hold may be evicted for ours.",
@@ -160,7 +155,6 @@ def _run_throughput(args: argparse.Namespace) -> int:
         batch_blocks=sorted(set(batches)),
         repeats=args.repeats,
         memory_bytes=_memory_bytes(args),
-        full=args.full,
         ucx_library=args.ucx_library,
     )
     if not args.json:

@@ -190,9 +190,9 @@ class Index:
         """Addresses (u64) of slots for blocks of ``length`` bytes that the owner will tell of in its ring.
 
         As many as it asks for, MAX_GRANTED at most; none without a ring, for more than
-        ``most_granted_bytes``, if owners have an eighth of the slab ahead, or if there is no room, or was none
-        for somebody within RESERVATION_S. They are the owner's for RESERVATION_S seconds, or until the next
-        call for it. Evicts where it must.
+        ``most_granted_bytes``, if owners have an eighth of the slab ahead, or if there is no room, or was
+        none for somebody within RESERVATION_S. They are the owner's for RESERVATION_S seconds, or until the
+        next call for it. Evicts where it must.
         """
         addresses = bytearray(8 * min(slots, MAX_GRANTED))
         count = self._node.polar_grant(
