@@ -66,21 +66,38 @@ class Writer:
     def write(self, chain: Chain, pieces: Pieces, checksums: npt.NDArray[np.uint64] | None) -> bytes:
         """See ``PoolClient.put``; per block WRITTEN, PRESENT or 0."""
         started = time.monotonic()
+        nodes = usable_nodes(self._lane, self._membership.live)
+        routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
+        if len(routes) == 1 and len(routes[0].blocks) == len(chain.keys):
+            # The rest in fewer steps: these are half of the time that a small block takes.
+            states = self._ahead.write(chain, pieces, routes[0], checksums, started, alone=True)
+            if states is not None:
+                return states  # WRITTEN and PRESENT are what they are there
+            return self._write(chain, pieces, [], routes, checksums, started)
+        near = [route for route in routes if route.link.granted is not None]
+        far = [route for route in routes if route.link.granted is None]
+        return self._write(chain, pieces, near, far, checksums, started)
+
+    def _write(
+        self,
+        chain: Chain,
+        pieces: Pieces,
+        near: list[Route],
+        far: list[Route],
+        checksums: npt.NDArray[np.uint64] | None,
+        started: float,
+    ) -> bytes:
+        """Write to slots ahead where nodes are ``near``, if these suffice, and ask those that are ``far``."""
         outcomes = bytearray(len(chain.keys))
         reserved: dict[str, tuple[int, Part]] = {}  # by node
         streaming: list[tuple[Route, Call]] = []
         reserve_by = started + _RESERVE_BY * self._deadline_s
-        nodes = usable_nodes(self._lane, self._membership.live)
-        routes = route_blocks(self._lane, nodes, chain, positions(len(chain.keys)))
         # They work while blocks are copied for the others.
-        far = [route for route in routes if route.link.granted is None]
-        sent = self._reserve(chain, pieces, far, checksums, reserve_by, streaming) if far else []
-        for route in routes if len(far) < len(routes) else ():
-            if route.link.granted is None:
-                continue
-            states = self._ahead.write(chain, pieces, route, checksums, started, alone=len(routes) == 1)
+        sent = self._reserve(chain, pieces, far, checksums, reserve_by, streaming)
+        for route in near:
+            states = self._ahead.write(chain, pieces, route, checksums, started, alone=False)
             if states is not None:
-                spread(states, route.blocks, outcomes)  # WRITTEN and PRESENT are what they are there
+                spread(states, route.blocks, outcomes)
             else:
                 sent += self._reserve(chain, pieces, [route], checksums, reserve_by, streaming)
         for route, reply in self._requests.collect(self._lane, sent, Reserved, reserve_by):
