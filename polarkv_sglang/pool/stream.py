@@ -24,10 +24,7 @@ from polarkv_sglang.transport import share
 from polarkv_sglang.transport.directory import RING_BYTES
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, BadFrame, decode_from_client, encode_frame
 from polarkv_sglang.transport.messages import Message, Replicate, Streaming
-
-# Of a socket to this very host: what waits there is read from a cache then, and gets of many MiB take a
-# quarter less time. Linux doubles it.
-_SEND_BUFFER_BYTES = 256 << 10
+from polarkv_sglang.transport.quick import bound_send_buffer
 
 _logger = logging.getLogger(__name__)
 
@@ -118,8 +115,7 @@ class Stream:
         try:
             if ring:
                 self._open_ring()
-            if self._socket.getpeername()[0] == self._socket.getsockname()[0]:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+            bound_send_buffer(self._socket)
             self._served = Served(shared.index, owner, self._socket.fileno())
             self.done = asyncio.get_running_loop().run_in_executor(thread, self._serve, request_id)
         except BaseException:

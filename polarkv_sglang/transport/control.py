@@ -68,7 +68,7 @@ from polarkv_sglang.transport.messages import (
     Used,
     Welcome,
 )
-from polarkv_sglang.transport.quick import QuickSocket
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer
 from polarkv_sglang.transport.tls import explain
 
 # Beyond what the node has room for; what waits for the next message is less.
@@ -222,6 +222,8 @@ class ControlConnection:
 
     def start_streaming(self, deadline_s: float, *, ring: bool = False) -> Streaming:
         """Ask to be served by a thread of the node's, see ``StartStream``. Raises as ``request``."""
+        with contextlib.suppress(OSError):  # the request will tell
+            bound_send_buffer(self._socket)
         return self.request(StartStream(self.next_id(), ring), deadline_s)
 
     def give_up(self, reason: str) -> NodeError:
