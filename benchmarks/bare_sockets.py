@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 import uvloop
 
 from benchmarks.blocks import Blocks
+from polarkv_sglang.transport.quick import bound_send_buffer
 
 _PIECE_BYTES = 256 << 10  # of one receive of the client
 _PEER_PIECE_BYTES = 1 << 20
-_SEND_BUFFER_BYTES = 256 << 10  # as a memory node's to its own host
 # Put, offset, length. What goes out behind fewer bytes is copied at half speed; see ``encode_before``.
 _REQUEST = struct.Struct("<BQQ47x")
 _PREAMBLE = bytes(64)
@@ -82,7 +82,7 @@ class _Peer(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment] # uvloop's only behave like asyncio's
         peer: socket.socket = transport.get_extra_info("socket")
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        bound_send_buffer(peer)
 
     def get_buffer(self, size_hint: int) -> memoryview:
         if self._left:
@@ -118,6 +118,7 @@ def socket_store(name: str, blocks: Blocks, capacity_bytes: int) -> Iterator[Soc
     try:
         with socket.create_connection(("127.0.0.1", ours.recv())) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            bound_send_buffer(sock)
             yield SocketStore(name, sock, capacity_bytes, blocks)
     finally:
         peer.kill()

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from polarkv_sglang.transport.quick import QuickSocket
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer
+from tests.support import running_node
 
 BUFFER_BYTES = 4096
 
@@ -97,3 +98,13 @@ def test_no_other_thread_runs_python_meanwhile(pair: tuple[QuickSocket, socket.s
         over.set()
         thread.join()
         sys.setswitchinterval(interval_s)
+
+
+def test_little_waits_in_a_socket_to_this_very_host():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as sock:
+            bound_send_buffer(sock)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
+    with running_node("4MiB") as node, node.connect() as control:
+        control.start_streaming(5.0)
+        assert control._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
