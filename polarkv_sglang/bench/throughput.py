@@ -227,7 +227,9 @@ class _Size:
 
     def _run_pool(self, rank: Rank, blocks: int) -> None:
         arena = self._arena
-        calls = max(1, min(_MAX_CALLS, _SAMPLE_BYTES // (blocks * self._block_bytes)))
+        # Not more than the arena has room for, of which a node has twice as much.
+        sample_bytes = min(_SAMPLE_BYTES, arena.room_bytes)
+        calls = max(1, min(_MAX_CALLS, sample_bytes // (blocks * self._block_bytes)))
         # Of their own, so that memcpy does not bring what is put next into the caches.
         copied, raw, batches = (arena.batches(self._block_bytes, blocks, calls) for _ in range(3))
         total = sum(batch.bytes for batch in batches)

@@ -130,11 +130,10 @@ class FaultyNode:
             os.pwrite(memory, bytes([byte ^ 0x40]), address)
 
     def spoil_blocks(self) -> None:
-        """Write bytes over all blocks that are, as numbers, NaN; all blocks are of one length."""
-        statistics, base = self.statistics(), self.slab_address()
-        size = statistics.used_bytes // max(1, statistics.blocks)
+        """Write bytes over all blocks that are, as numbers, NaN."""
+        capacity_bytes, base = self.statistics().capacity_bytes, self.slab_address()
         with self._memory("r+b") as memory:
-            os.pwrite(memory, b"\xff" * (statistics.blocks * size), base)
+            os.pwrite(memory, b"\xff" * capacity_bytes, base)
 
     def read(self, address: int, length: int) -> bytes:
         """Bytes of the process's memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from polarkv_sglang.errors import TransportError
 from polarkv_sglang.hicache import groups, linker
 from polarkv_sglang.hicache.staging import Staged, Way
 from polarkv_sglang.kernels.checksum import checksum_blocks
+from polarkv_sglang.pool.blocks import Chain
 from polarkv_sglang.pool.client import PoolClient
 from tests.faults.nodes import FaultyNode
 from tests.hicache.direct_harness import (
@@ -84,7 +86,12 @@ def choose(way: Way, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("way", [STAGED, ON_DEVICE], ids=["host", "device"])
 @pytest.mark.parametrize("mla", MODELS)
 def test_blocks_that_are_staged_are_those_that_are_moved_in_place(
-    config: PolarConfig, node: FaultyNode, mla: bool, way: Way, monkeypatch: pytest.MonkeyPatch
+    config: PolarConfig,
+    node: FaultyNode,
+    mla: bool,
+    way: Way,
+    written: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with a_direct_engine(config, mla=mla) as engine:
         engine.serve(prompt(1, 256))
@@ -94,7 +101,7 @@ def test_blocks_that_are_staged_are_those_that_are_moved_in_place(
         assert engine.serve(prompt(1, 256)) == (0, 0, 256)
         engine.serve(prompt(2, 256))
         engine.forget()
-        flip_a_byte(node, block=20)
+        flip_a_byte(node, written, block=20)
         assert engine.serve(prompt(2, 256)) == (0, 0, 64), "a wrong block was not noticed"
         assert engine.recomputed == 1
 
@@ -154,7 +161,7 @@ def test_a_pass_that_does_not_wait_for_its_layers_is_computed_again(
 
 
 def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_requests(
-    node: FaultyNode, monkeypatch: pytest.MonkeyPatch
+    node: FaultyNode, written: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the next loads are checked first: a node with bad memory must not have pass after pass dropped."""
     monkeypatch.setattr(linker, "_BATCHES_OF_DOUBT", 2)
@@ -173,7 +180,7 @@ def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_reques
             """Those whose outputs were dropped at first; then nothing is wrong any more."""
             engine.forget()
             failed.clear()
-            engine.serve(prompt(1, 256), before_load=lambda: flip_a_byte(node, block=9))
+            engine.serve(prompt(1, 256), before_load=lambda: flip_a_byte(node, written, block=9))
             assert failed[1] == []
             return failed[0]
 
@@ -191,7 +198,7 @@ def test_a_pass_that_used_a_layer_of_a_wrong_block_is_dropped_for_all_its_reques
 
 @pytest.mark.parametrize("loss", ["a flipped byte", "a dead node", "a frozen node"])
 def test_what_is_lost_between_lookup_and_load_is_computed(
-    config: PolarConfig, node: FaultyNode, loss: str
+    config: PolarConfig, node: FaultyNode, loss: str, written: list[bytes]
 ) -> None:
     with a_direct_engine(config) as engine:
         engine.serve(prompt(1, 256))
@@ -203,7 +210,7 @@ def test_what_is_lost_between_lookup_and_load_is_computed(
             elif loss == "a frozen node":
                 node.freeze()
             else:
-                flip_a_byte(node, block=9)
+                flip_a_byte(node, written, block=9)
 
         l1, _, l3 = engine.serve(prompt(1, 256), before_load=lose)
         mapped = config.ucx_tls is None
@@ -283,12 +290,23 @@ def test_checksums_of_staged_blocks_are_those_of_their_rows(node: FaultyNode) ->
             assert staged._checksums_on_device(blocks).tolist() == of_all[blocks].tolist()
 
 
-def flip_a_byte(node: FaultyNode, block: int) -> None:
-    statistics = node.statistics()
-    if not statistics.blocks:
-        return
-    size = statistics.used_bytes // statistics.blocks
-    node.flip_at(node.slab_address() + block * size + size // 3)
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Keys of the blocks that were offered to a pool, in order."""
+    keys: list[bytes] = []
+    put = PoolClient.put
+
+    def recorded(self: PoolClient, chain: Chain, *arguments: Any) -> Any:
+        keys.extend(key for key in chain.keys if key not in keys)
+        return put(self, chain, *arguments)
+
+    monkeypatch.setattr(PoolClient, "put", recorded)
+    return keys
+
+
+def flip_a_byte(node: FaultyNode, written: list[bytes], block: int) -> None:
+    if block < len(written):
+        node.flip(written[block], 1000)
 
 
 def test_a_request_whose_loads_fail_twice_is_computed_without_the_pool(node: FaultyNode) -> None:
@@ -341,7 +359,7 @@ def test_nothing_of_other_weights_is_served_or_stored(node: FaultyNode) -> None:
         assert engine.serve(prompt(2, 256), before_load=guard.suspend) == (0, 0, 0)
 
 
-def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode) -> None:
+def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode, written: list[bytes]) -> None:
     """Random prefixes, aborts before the load, lost and broken blocks."""
     draw = random.Random(1)
     with a_direct_engine(direct_settings(node, ucx_tls="tcp"), l1_tokens=1024) as engine:
@@ -352,7 +370,7 @@ def test_more_prompts_than_l1_holds_leak_nothing(node: FaultyNode) -> None:
                 case 0:
                     abort_queued(engine, tokens)
                 case 1:
-                    engine.serve(tokens, before_load=lambda: flip_a_byte(node, draw.randrange(40)))
+                    engine.serve(tokens, before_load=lambda: flip_a_byte(node, written, draw.randrange(40)))
                 case _:
                     from_pool += engine.serve(tokens)[2]
             if step % 10 == 0:

@@ -101,10 +101,12 @@ def test_no_other_thread_runs_python_meanwhile(pair: tuple[QuickSocket, socket.s
 
 
 def test_little_waits_in_a_socket_to_this_very_host():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(server.getsockname()) as sock:
-            bound_send_buffer(sock)
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as sock,
+    ):
+        bound_send_buffer(sock)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
     with running_node("4MiB") as node, node.connect() as control:
         control.start_streaming(5.0)
         assert control._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
