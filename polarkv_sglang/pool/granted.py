@@ -72,4 +72,4 @@ class GrantedSlots:
         self.awaited = None
         self.unused.replace(unpack_u64(reply.address_blob))
         if not reply.address_blob:
-            self._refused_until = self._asked_at + _REFUSED_S
+            self._refused_until, self._count = self._asked_at + _REFUSED_S, _FIRST_SLOTS

@@ -31,7 +31,7 @@ _SEND_BUFFER_BYTES = 256 << 10  # Linux doubles it
 def bound_send_buffer(sock: socket.socket) -> None:
     """Let little wait in a connected socket to this very host; Linux would let it grow to some MiB.
 
-    What waits is read from a cache then: many MiB take a quarter to a half less time. Raises OSError.
+    What waits is read from a cache then: many MiB take less time. Raises OSError.
     """
     if sock.getpeername()[0] == sock.getsockname()[0]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)

@@ -23,7 +23,7 @@ from polarkv_sglang.pool.pages import SharedMemory
 from polarkv_sglang.pool.slab import Slab
 from polarkv_sglang.transport import checksums
 from polarkv_sglang.transport.directory import RING_BYTES
-from polarkv_sglang.transport.messages import MAX_GRANTED, RESERVATION_S, KeyState
+from polarkv_sglang.transport.messages import MAX_GRANTED, RESERVATION_S, KeyState, Reserve
 from tests.pool.rank import DEADLINE_S, PIECE_BYTES, a_rank, prompt, wait_until_live
 from tests.pool.rings import NOTICES, OFFERED, READ, WRITTEN, Ring
 from tests.pool.small import SLOT, Pool, chain
@@ -255,23 +255,22 @@ def test_nothing_is_granted_for_a_while_after_somebody_found_no_room():
         assert len(pool.index.grant(OWNER, SLOT, 1)) == 1
 
 
-def test_ranks_with_slots_ahead_leave_room_for_blocks_of_other_lengths():
-    dice = random.Random(4)
-    with neighbours(*range(1, 9), segments=16, slots=8) as (pool, rings):
-        for number in range(64):
-            pool.put([number.to_bytes(16, "big")])
-        for _ in range(200):
-            pool.use([dice.randrange(64).to_bytes(16, "big")])
-        for owner in range(1, 9):
-            pool.index.grant(owner, SLOT, 1)
-        states = [pool.put(chain(f"long {turn}", 1), length=2 * SLOT)[0] for turn in range(8)]
-        if KeyState.NO_ROOM in states:
-            for _ in range(100):
-                for owner, ring in zip(range(1, 9), rings):
-                    for address in pool.index.grant(owner, SLOT, 1):
-                        ring.tell(WRITTEN, dice.randbytes(16), NO_PARENT, address)
-                pool.now += RESERVATION_S / 50
-        assert pool.put(chain("at last", 4), length=2 * SLOT) == bytes([KeyState.RESERVED] * 4)
+def test_who_was_refused_asks_for_few_again():
+    with running_node("256MiB") as node, a_rank(node.address) as rank:
+        [link] = rank.client._put_lane.links.values()
+        assert link.granted is not None
+        assert rank.put(prompt("first", 64)) == [True] * 64
+        assert link.granted.awaited is not None
+        assert link.granted.awaited.slots > 64
+        link.granted.collect(time.monotonic() + 5)
+        with node.connect() as other:  # nobody has such room
+            too_many = b"".join(number.to_bytes(16, "big") for number in range(1, 101))
+            other.request(Reserve(other.next_id(), too_many, too_many, 16 << 20), 5)
+        link.granted.ask(64)
+        link.granted.collect(time.monotonic() + 5)
+        assert link.granted.unused.left == 0
+        link.granted.ask(1)
+        assert link.granted.awaited.slots == 16
 
 
 def test_a_segment_with_a_granted_slot_is_not_emptied_for_blocks_of_another_length():
