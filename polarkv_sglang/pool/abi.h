@@ -1,7 +1,7 @@
 /* Declarations that the memory node's C files and, through cffi, native.py share: one text, so that both agree
  * on layouts. No preprocessor lines: cffi reads this file as it is. The includer provides <stdint.h>. */
 
-enum { POLAR_ABI = 4 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 5 }; /* of this file: raised with its every change */
 
 /* As in transport/messages.py. */
 enum { POLAR_MAX_KEYS = 8192, POLAR_MAX_PULL_PARTS = 64, POLAR_MAX_PULL_RUNS = 1 << 14 };
@@ -72,6 +72,7 @@ typedef struct {
     uint8_t *tail; /* comes behind the blocks that are received */
     uint64_t tail_bytes;
     int64_t timeout_ns; /* below 0: none */
+    int64_t spin_ns;    /* bytes are waited for so long without sleep, each time */
 } polar_delivery;
 
 /* A client's connection that streams. */
@@ -79,6 +80,7 @@ typedef struct {
     polar_index *index;
     uint64_t owner; /* of leases and reservations */
     int fd;
+    int near; /* the client is on this host */
     uint64_t most_frame_bytes;
     uint8_t *frame; /* the last that came; valid until the next call */
     uint64_t frame_bytes;
@@ -123,6 +125,6 @@ const char *polar_check(polar_index *index); /* what does not agree, or NULL; fo
 int polar_send(const polar_delivery *delivery); /* 0, or an errno: ETIMEDOUT, or the socket's */
 int polar_receive(const polar_delivery *delivery);
 
-polar_stream *polar_stream_new(polar_index *index, uint64_t owner, int fd, uint64_t most_frame_bytes);
+polar_stream *polar_stream_new(polar_index *index, uint64_t owner, int fd, int near, uint64_t most_frame_bytes);
 void polar_stream_free(polar_stream *stream);
 int polar_serve(polar_stream *stream); /* 0: its frame is for others to answer; else an errno */

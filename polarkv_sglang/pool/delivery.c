@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -87,6 +88,16 @@ static void wait_for(int fd, short events, int64_t deadline_ns) {
     poll(&(struct pollfd){.fd = fd, .events = events}, 1, left_ms > INT_MAX ? INT_MAX : (int)left_ms);
 }
 
+/* As above, for bytes, and without sleep at first. */
+static void wait_for_bytes(const polar_delivery *delivery, int64_t deadline_ns) {
+    int64_t until_ns = delivery->spin_ns ? now_ns() + delivery->spin_ns : 0;
+    while (until_ns && now_ns() < until_ns) {
+        if (poll(&(struct pollfd){.fd = delivery->fd, .events = POLLIN}, 1, 0)) return;
+        sched_yield(); /* the peer may be waiting for this very core */
+    }
+    wait_for(delivery->fd, POLLIN, deadline_ns);
+}
+
 static int64_t deadline_of(const polar_delivery *delivery) {
     return delivery->timeout_ns < 0 ? -1 : now_ns() + delivery->timeout_ns;
 }
@@ -148,7 +159,7 @@ int polar_receive(const polar_delivery *delivery) {
         } else if (errno != EAGAIN && errno != EINTR) {
             return errno;
         } else {
-            wait_for(delivery->fd, POLLIN, deadline_ns);
+            wait_for_bytes(delivery, deadline_ns);
         }
         if (is_over(deadline_ns)) return ETIMEDOUT;
     }

@@ -18,6 +18,7 @@ enum {
     REPLY_BYTES = 256,      /* of a reply without its columns */
     PADDING_BYTES = 64,
     PAGE_BYTES = 4096,
+    SPIN_NS = 100 * 1000,                 /* the rest of blocks is on its way: being woken takes as long */
     TRAILER_BYTES = sizeof(uint64_t) + 1, /* of each block that is written: less than two columns have */
 };
 
@@ -29,13 +30,14 @@ static int64_t now_ns(void) {
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-polar_stream *polar_stream_new(polar_index *index, uint64_t owner, int fd, uint64_t most_frame_bytes) {
+polar_stream *polar_stream_new(polar_index *index, uint64_t owner, int fd, int near, uint64_t most_frame_bytes) {
     polar_stream *stream = calloc(1, sizeof(*stream));
     if (!stream) return NULL;
     *stream = (polar_stream){
         .index = index,
         .owner = owner,
         .fd = fd,
+        .near = near,
         .most_frame_bytes = most_frame_bytes,
         .frame = malloc(FIRST_FRAME),
         .frame_capacity = FIRST_FRAME,
@@ -297,6 +299,7 @@ static int64_t receive_blocks(polar_stream *stream, uint64_t number, uint32_t co
         .tail = (uint8_t *)checksums,
         .tail_bytes = (uint64_t)count * TRAILER_BYTES,
         .timeout_ns = timeout_ns < 0 ? 0 : timeout_ns,
+        .spin_ns = stream->near ? SPIN_NS : 0,
     });
     if (error) {
         polar_give_up(stream->index, stream->owner, number, now_ns());

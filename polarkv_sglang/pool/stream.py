@@ -24,7 +24,7 @@ from polarkv_sglang.transport import share
 from polarkv_sglang.transport.directory import RING_BYTES
 from polarkv_sglang.transport.framing import MAX_FRAME_BYTES, BadFrame, decode_from_client, encode_frame
 from polarkv_sglang.transport.messages import Message, Replicate, Streaming
-from polarkv_sglang.transport.quick import bound_send_buffer
+from polarkv_sglang.transport.quick import bound_send_buffer, is_to_own_host
 
 _logger = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ class Served:
     ConnectionError and other OSError if it is gone; then the connection has to be closed.
     """
 
-    def __init__(self, index: Index, owner: int, fd: int) -> None:
-        """``owner``: of leases and reservations, see ``Index``."""
+    def __init__(self, index: Index, owner: int, fd: int, *, near: bool = False) -> None:
+        """``owner``: of leases and reservations, see ``Index``. ``near``: the client is on this host."""
         _, self._node, self._ffi = load_native()
         self._index = index  # has to outlive it
-        stream = self._node.polar_stream_new(index.native, owner, fd, MAX_FRAME_BYTES)
+        stream = self._node.polar_stream_new(index.native, owner, fd, near, MAX_FRAME_BYTES)
         if stream == self._ffi.NULL:
             raise MemoryError("there is no memory for a stream")
         self._stream = self._ffi.gc(stream, self._node.polar_stream_free)
@@ -116,7 +116,8 @@ class Stream:
             if ring:
                 self._open_ring()
             bound_send_buffer(self._socket)
-            self._served = Served(shared.index, owner, self._socket.fileno())
+            near = is_to_own_host(self._socket)
+            self._served = Served(shared.index, owner, self._socket.fileno(), near=near)
             self.done = asyncio.get_running_loop().run_in_executor(thread, self._serve, request_id)
         except BaseException:
             self._close()

@@ -171,7 +171,7 @@ void ucp_request_free(void *request);
 
 /* ---- Ours. */
 
-enum { POLAR_ABI = 4 }; /* of this file: raised with its every change */
+enum { POLAR_ABI = 5 }; /* of this file: raised with its every change */
 
 /* Entry points of the libucp that Python loaded: the helper is built without UCX and linked to none. */
 typedef struct {
@@ -286,6 +286,7 @@ typedef struct {
     uint32_t pieces;
     uint64_t piece_bytes;
     int put;
+    int near; /* all peers are on this host */
     polar_hash hash;
     int64_t timeout_ns;
 } polar_exchange_batch;

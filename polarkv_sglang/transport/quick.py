@@ -26,6 +26,7 @@ _ioctl.restype = ctypes.c_int
 _sched_yield = _libc.sched_yield
 _NOT_NOW = (errno.EAGAIN, errno.EINTR)
 _SEND_BUFFER_BYTES = 256 << 10  # Linux doubles it
+_UNPACED = b"reno"  # which every kernel has, and allows everybody
 
 
 def bound_send_buffer(sock: socket.socket) -> None:
@@ -33,8 +34,23 @@ def bound_send_buffer(sock: socket.socket) -> None:
 
     What waits is read from a cache then: many MiB take less time. Raises OSError.
     """
-    if sock.getpeername()[0] == sock.getsockname()[0]:
+    if is_to_own_host(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+
+
+def send_unpaced(sock: socket.socket) -> None:
+    """Have a connected socket to this very host not wait between what it sends, as with BBR it would.
+
+    There is no link to be shared. For clients: the node's end was measured to be slower so. Raises OSError.
+    """
+    if is_to_own_host(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _UNPACED)
+
+
+def is_to_own_host(sock: socket.socket) -> bool:
+    """Whether the peer of a connected socket is on this very host. Raises OSError."""
+    same: bool = sock.getpeername()[0] == sock.getsockname()[0]
+    return same
 
 
 class QuickSocket:

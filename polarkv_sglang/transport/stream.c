@@ -24,7 +24,7 @@
 enum {
     RANGES = 64,           /* most that one system call moves */
     BURST = 256 * 1024,    /* bytes that it moves at most: what is hashed before it or after it is in a cache */
-    SPIN_NS = 300 * 1000,  /* a reply is waited for so long without sleep; most take less */
+    SPIN_NS = 300 * 1000,  /* waited for a peer without sleep: most take less, and being woken takes as long */
     SIZE_BYTES = 4,        /* of a frame's header */
     LENGTH_BYTES = 8,      /* of what says how many bytes of blocks follow a reply */
     LEND_BYTES = 2 << 20,  /* from so many on a peer's blocks are lent to the socket: copying fewer is quicker */
@@ -283,10 +283,9 @@ static bool is_sending(const polar_exchange_batch *batch, const struct stream *s
                               outgoing_checksums(batch, stream);
 }
 
-/* Waits until one of the unfinished sockets can go on, not longer than to the deadline. */
-static void sleep_on(const polar_exchange_batch *batch, const struct stream *streams, struct pollfd *fds,
-                     int64_t deadline_ns) {
-    int64_t left_ms = (deadline_ns - now_ns()) / 1000000 + 1;
+/* Waits until one of the unfinished sockets can go on, so many ms at most. Whether one can. */
+static bool wait_ms(const polar_exchange_batch *batch, const struct stream *streams, struct pollfd *fds,
+                    int most_ms) {
     nfds_t count = 0;
     for (uint32_t i = 0; i < batch->channel_count; i++) {
         if (streams[i].finished) continue;
@@ -294,18 +293,32 @@ static void sleep_on(const polar_exchange_batch *batch, const struct stream *str
         short events = is_sending(batch, &streams[i]) ? POLLOUT : POLLIN;
         fds[count++] = (struct pollfd){.fd = streams[i].channel->fd, .events = events};
     }
-    poll(fds, count, left_ms < 1 ? 1 : left_ms > INT_MAX ? INT_MAX : (int)left_ms);
+    return poll(fds, count, most_ms) > 0;
+}
+
+static void sleep_on(const polar_exchange_batch *batch, const struct stream *streams, struct pollfd *fds,
+                     int64_t deadline_ns) {
+    int64_t left_ms = (deadline_ns - now_ns()) / 1000000 + 1;
+    wait_ms(batch, streams, fds, left_ms < 1 ? 1 : left_ms > INT_MAX ? INT_MAX : (int)left_ms);
+}
+
+/* Waits without sleep, and without the sockets' locks, under which bytes come in: trying to read takes them. */
+static void spin_on(const polar_exchange_batch *batch, const struct stream *streams, struct pollfd *fds,
+                    int64_t until_ns) {
+    do sched_yield(); /* the peer may be waiting for this very core */
+    while (!wait_ms(batch, streams, fds, 0) && now_ns() < until_ns);
 }
 
 static void run(const polar_exchange_batch *batch, struct stream *streams, struct pollfd *fds) {
     int64_t now = now_ns(), deadline_ns = now + batch->timeout_ns, idle_since = 0;
     for (;;) {
-        bool waiting = false, any = false, replies = false;
+        bool waiting = false, any = false, sending = false, replies = false;
         for (uint32_t i = 0; i < batch->channel_count; i++) {
             struct stream *stream = &streams[i];
             if (stream->finished) continue;
             any |= is_sending(batch, stream) ? send_some(batch, stream) : receive_some(batch, stream);
             waiting |= !stream->finished;
+            sending |= !stream->finished && is_sending(batch, stream);
             replies |= stream->received > 0;
         }
         if (!waiting) return;
@@ -316,11 +329,14 @@ static void run(const polar_exchange_batch *batch, struct stream *streams, struc
             continue;
         }
         if (!idle_since) idle_since = now;
-        if (!replies && now - idle_since < SPIN_NS) {
-            sched_yield(); /* the peer may be waiting for this very core */
-        } else {
+        if (now - idle_since >= SPIN_NS || (replies && !batch->near)) {
             sleep_on(batch, streams, fds, deadline_ns);
             idle_since = 0;
+        } else if (sending) {
+            sched_yield(); /* then try: a socket is not said to be ready before half of it is empty */
+        } else {
+            int64_t until_ns = idle_since + SPIN_NS;
+            spin_on(batch, streams, fds, until_ns < deadline_ns ? until_ns : deadline_ns);
         }
     }
     for (uint32_t i = 0; i < batch->channel_count; i++)

@@ -71,8 +71,17 @@ class Client:
         self._ours.sendall(frame)
 
     def reply(self) -> Message:
-        size = int.from_bytes(self._ours.recv(4, socket.MSG_WAITALL), "little")
-        return decode_from_node(self._ours.recv(size, socket.MSG_WAITALL))
+        size = int.from_bytes(self._receive(4), "little")
+        return decode_from_node(self._receive(size))
+
+    def _receive(self, size: int) -> bytes:
+        """So many bytes; MSG_WAITALL is without effect on a socket with a timeout."""
+        received = bytearray()
+        while len(received) < size:
+            part = self._ours.recv(size - len(received))
+            assert part, "the connection has ended"
+            received += part
+        return bytes(received)
 
     def left_over(self) -> bytes:
         """The frame that was left for Python."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, send_unpaced
 from tests.support import running_node
 
 BUFFER_BYTES = 4096
@@ -110,3 +110,19 @@ def test_little_waits_in_a_socket_to_this_very_host():
     with running_node("4MiB") as node, node.connect() as control:
         control.start_streaming(5.0)
         assert control._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
+
+
+def test_what_goes_to_this_very_host_is_not_paced():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as sock,
+    ):
+        send_unpaced(sock)
+        assert _congestion_control(sock) == b"reno"
+    with running_node("4MiB") as node, node.connect() as control:
+        control.start_streaming(5.0)
+        assert _congestion_control(control._socket) == b"reno"
+
+
+def _congestion_control(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
