@@ -68,7 +68,7 @@ from polarkv_sglang.transport.messages import (
     Used,
     Welcome,
 )
-from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, is_to_own_host, send_unpaced
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, is_to_own_host, use_reno
 from polarkv_sglang.transport.tls import explain
 
 # Beyond what the node has room for; what waits for the next message is less.
@@ -225,7 +225,7 @@ class ControlConnection:
         """Ask to be served by a thread of the node's, see ``StartStream``. Raises as ``request``."""
         with contextlib.suppress(OSError):  # the request will tell
             bound_send_buffer(self._socket)
-            send_unpaced(self._socket)
+            use_reno(self._socket)
             self.is_near = is_to_own_host(self._socket)
         return self.request(StartStream(self.next_id(), ring), deadline_s)
 

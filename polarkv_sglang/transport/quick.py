@@ -26,7 +26,7 @@ _ioctl.restype = ctypes.c_int
 _sched_yield = _libc.sched_yield
 _NOT_NOW = (errno.EAGAIN, errno.EINTR)
 _SEND_BUFFER_BYTES = 256 << 10  # Linux doubles it
-_UNPACED = b"reno"  # which every kernel has, and allows everybody
+_RENO = b"reno"  # which every kernel has, and allows everybody
 
 
 def bound_send_buffer(sock: socket.socket) -> None:
@@ -38,13 +38,14 @@ def bound_send_buffer(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
 
-def send_unpaced(sock: socket.socket) -> None:
-    """Have a connected socket to this very host not wait between what it sends, as with BBR it would.
+def use_reno(sock: socket.socket) -> None:
+    """Control the congestion of a connected socket to this very host by Reno, whatever is usual on it.
 
-    There is no link to be shared. For clients: the node's end was measured to be slower so. Raises OSError.
+    There is none: BBR would keep to the rate that it takes for a link's, which is less than the memory's. For
+    clients: nodes were measured to answer small gets at half their rate so. Raises OSError.
     """
     if is_to_own_host(sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _UNPACED)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _RENO)
 
 
 def is_to_own_host(sock: socket.socket) -> bool:

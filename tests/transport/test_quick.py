@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, send_unpaced
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, use_reno
 from tests.support import running_node
 
 BUFFER_BYTES = 4096
@@ -112,12 +112,12 @@ def test_little_waits_in_a_socket_to_this_very_host():
         assert control._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 512 << 10
 
 
-def test_what_goes_to_this_very_host_is_not_paced():
+def test_a_client_sends_to_this_very_host_by_reno():
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as sock,
     ):
-        send_unpaced(sock)
+        use_reno(sock)
         assert _congestion_control(sock) == b"reno"
     with running_node("4MiB") as node, node.connect() as control:
         control.start_streaming(5.0)
