@@ -42,9 +42,12 @@ class Delivery:
         addresses: list[int] = (),
         parts: bytes = b"",
         timeout_s: float = 10.0,
+        *,
+        spin_s: float = 0.0,
     ) -> None:
-        tail_start = load_native().ffi.from_buffer("uint8_t[]", tail)
-        self._run("polar_receive", addresses, parts, timeout_s, tail=tail_start, tail_bytes=tail_bytes)
+        start = load_native().ffi.from_buffer("uint8_t[]", tail)
+        ends = {"tail": start, "tail_bytes": tail_bytes, "spin_ns": int(spin_s * 1e9)}
+        self._run("polar_receive", addresses, parts, timeout_s, **ends)
 
     def _run(
         self, function: str, addresses: list[int], parts: bytes, timeout_s: float, **ends: object
@@ -152,6 +155,14 @@ def test_peer_that_stalls_is_waited_for_until_the_time_is_over(ends: Ends):
     with pytest.raises(TimeoutError):
         ends.delivery.receive(bytearray(1), 1, timeout_s=0.2)
     assert 0.4 <= time.monotonic() - started < 2.0
+
+
+def test_waiting_for_a_peer_on_this_host_takes_little_of_a_processor(ends: Ends):
+    ends.theirs.sendall(b"x")
+    started = time.thread_time()
+    with pytest.raises(TimeoutError):
+        ends.delivery.receive(bytearray(2), 2, timeout_s=0.5, spin_s=1e-4)
+    assert time.thread_time() - started < 0.1
 
 
 @pytest.mark.parametrize("sends", [True, False], ids=["send", "receive"])

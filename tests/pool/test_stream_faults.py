@@ -253,6 +253,21 @@ def test_node_that_drips_bytes_cannot_stretch_the_deadline():
         assert 0.2 < time.monotonic() - started < 2.0
 
 
+def test_waiting_for_a_node_that_stalls_takes_little_of_a_processor():
+    def serve(connection: socket.socket) -> None:
+        handshake(connection)
+        connection.recv(4096)
+        connection.sendall(pulled(2, 2 * BLOCK) + bytes(BLOCK))  # half of what it says
+        until_closed(connection)
+
+    with scripted_node(serve) as address, connect(address) as control:
+        load_library()  # which takes longer
+        control.is_near = True  # it is waited for without sleep at first
+        started = time.thread_time()
+        assert isinstance(call(control, Pull(1, keys(2), BLOCK), Memory(2), deadline_s=0.5), NodeError)
+        assert time.thread_time() - started < 0.1
+
+
 def test_silent_node_does_not_take_the_blocks_of_another(node: RunningNode, control: ControlConnection):
     def serve(connection: socket.socket) -> None:
         handshake(connection)

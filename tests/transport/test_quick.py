@@ -122,6 +122,7 @@ def test_a_client_sends_to_this_very_host_by_reno():
     with running_node("4MiB") as node, node.connect() as control:
         control.start_streaming(5.0)
         assert _congestion_control(control._socket) == b"reno"
+        assert control.is_near
 
 
 def _congestion_control(sock: socket.socket) -> bytes:
