@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 import uvloop
 
 from benchmarks.blocks import Blocks
-from polarkv_sglang.transport.quick import bound_send_buffer, use_reno
+from polarkv_sglang.transport.quick import bound_send_buffer, connect_unpaced
 
 _PIECE_BYTES = 256 << 10  # of one receive of the client
 _PEER_PIECE_BYTES = 1 << 20
@@ -116,10 +116,10 @@ def socket_store(name: str, blocks: Blocks, capacity_bytes: int) -> Iterator[Soc
     peer.start()
     theirs.close()  # so that a peer which ends before it is ready ends the wait for it
     try:
-        with socket.create_connection(("127.0.0.1", ours.recv())) as sock:
+        with socket.socket() as sock:
+            connect_unpaced(sock, ("127.0.0.1", ours.recv()))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             bound_send_buffer(sock)
-            use_reno(sock)
             yield SocketStore(name, sock, capacity_bytes, blocks)
     finally:
         peer.kill()

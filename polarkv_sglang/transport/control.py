@@ -68,7 +68,7 @@ from polarkv_sglang.transport.messages import (
     Used,
     Welcome,
 )
-from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, is_to_own_host, use_reno
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, connect_unpaced, is_to_own_host
 from polarkv_sglang.transport.tls import explain
 
 # Beyond what the node has room for; what waits for the next message is less.
@@ -225,7 +225,6 @@ class ControlConnection:
         """Ask to be served by a thread of the node's, see ``StartStream``. Raises as ``request``."""
         with contextlib.suppress(OSError):  # the request will tell
             bound_send_buffer(self._socket)
-            use_reno(self._socket)
             self.is_near = is_to_own_host(self._socket)
         return self.request(StartStream(self.next_id(), ring), deadline_s)
 
@@ -362,7 +361,7 @@ def _open_socket(address: str, deadline: float, deadline_s: float) -> socket.soc
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
-                sock.connect(resolved)
+                connect_unpaced(sock, resolved)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except OSError as error:
                 sock.close()

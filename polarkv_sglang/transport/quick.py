@@ -6,12 +6,14 @@ interval (5 ms): fifty times what a memory node needs to answer. These last for 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import socket
 import termios
 import time
+from typing import Any
 
 _libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the GIL
 _send = _libc.send
@@ -38,14 +40,20 @@ def bound_send_buffer(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
 
-def use_reno(sock: socket.socket) -> None:
-    """Control the congestion of a connected socket to this very host by Reno, whatever is usual on it.
+def connect_unpaced(sock: socket.socket, address: Any) -> None:
+    """Connect, if to this very host by Reno, whatever is usual on it. Raises OSError.
 
-    There is none: BBR would keep to the rate that it takes for a link's, which is less than the memory's. For
-    clients: nodes were measured to answer small gets at half their rate so. Raises OSError.
+    There is no congestion: BBR would keep to the rate that it takes for a link's, which is less than the
+    memory's, and goes on doing so on a socket that leaves it once it is connected. For clients: nodes were
+    measured to answer small gets at half their rate so.
     """
-    if is_to_own_host(sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _RENO)
+    with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        own = probe.getsockname()[0] == address[0]
+    if own:
+        with contextlib.suppress(OSError):  # it costs time only
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _RENO)
+    sock.connect(address)
 
 
 def is_to_own_host(sock: socket.socket) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, use_reno
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, connect_unpaced
 from tests.support import running_node
 
 BUFFER_BYTES = 4096
@@ -113,11 +113,8 @@ def test_little_waits_in_a_socket_to_this_very_host():
 
 
 def test_a_client_sends_to_this_very_host_by_reno():
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname()) as sock,
-    ):
-        use_reno(sock)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as sock:
+        connect_unpaced(sock, server.getsockname())
         assert _congestion_control(sock) == b"reno"
     with running_node("4MiB") as node, node.connect() as control:
         control.start_streaming(5.0)
