@@ -47,11 +47,9 @@ def connect_unpaced(sock: socket.socket, address: Any) -> None:
     memory's, and goes on doing so on a socket that leaves it once it is connected. For clients: nodes were
     measured to answer small gets at half their rate so.
     """
-    with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError), socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
-        own = probe.getsockname()[0] == address[0]
-    if own:
-        with contextlib.suppress(OSError):  # it costs time only
+        if probe.getsockname()[0] == address[0]:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _RENO)
     sock.connect(address)
 
