@@ -88,7 +88,7 @@ static void wait_for(int fd, short events, int64_t deadline_ns) {
     poll(&(struct pollfd){.fd = fd, .events = events}, 1, left_ms > INT_MAX ? INT_MAX : (int)left_ms);
 }
 
-/* As above, for bytes, and without sleep at first. */
+/* Waits for bytes, without sleep at first if the peer is on this host. */
 static void wait_for_bytes(const polar_delivery *delivery, int64_t deadline_ns) {
     int64_t until_ns = delivery->spin_ns ? now_ns() + delivery->spin_ns : 0;
     while (until_ns && now_ns() < until_ns) {

@@ -18,7 +18,7 @@ enum {
     REPLY_BYTES = 256,      /* of a reply without its columns */
     PADDING_BYTES = 64,
     PAGE_BYTES = 4096,
-    SPIN_NS = 100 * 1000,                 /* the rest of blocks is on its way: being woken takes as long */
+    SPIN_NS = 100 * 1000,                 /* the rest of blocks is on its way, and being woken takes as long */
     TRAILER_BYTES = sizeof(uint64_t) + 1, /* of each block that is written: less than two columns have */
 };
 

@@ -111,7 +111,7 @@ class ControlConnection:
         self._request_ids = itertools.count(1)
         self._closed: str | None = None  # why, once it is
         self._patience_s = PATIENCE_S
-        self.is_near = False  # whether it streams, from this very host
+        self.is_on_own_host = False  # whether the node is, once it streams
 
     @classmethod
     def connect(
@@ -225,7 +225,7 @@ class ControlConnection:
         """Ask to be served by a thread of the node's, see ``StartStream``. Raises as ``request``."""
         with contextlib.suppress(OSError):  # the request will tell
             bound_send_buffer(self._socket)
-            self.is_near = is_to_own_host(self._socket)
+            self.is_on_own_host = is_to_own_host(self._socket)
         return self.request(StartStream(self.next_id(), ring), deadline_s)
 
     def give_up(self, reason: str) -> NodeError:

@@ -13,7 +13,6 @@ import os
 import socket
 import termios
 import time
-from typing import Any
 
 _libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the GIL
 _send = _libc.send
@@ -28,7 +27,9 @@ _ioctl.restype = ctypes.c_int
 _sched_yield = _libc.sched_yield
 _NOT_NOW = (errno.EAGAIN, errno.EINTR)
 _SEND_BUFFER_BYTES = 256 << 10  # Linux doubles it
-_RENO = b"reno"  # which every kernel has, and allows everybody
+_RENO = b"reno"  # which every kernel has
+
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]  # as of getaddrinfo
 
 
 def bound_send_buffer(sock: socket.socket) -> None:
@@ -40,12 +41,12 @@ def bound_send_buffer(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
 
-def connect_unpaced(sock: socket.socket, address: Any) -> None:
-    """Connect, if to this very host by Reno, whatever is usual on it. Raises OSError.
+def connect_unpaced(sock: socket.socket, address: SocketAddress) -> None:
+    """Connect; within this very host by TCP Reno, whatever the host's congestion control is. Raises OSError.
 
-    There is no congestion: BBR would keep to the rate that it takes for a link's, which is less than the
-    memory's, and goes on doing so on a socket that leaves it once it is connected. For clients: nodes were
-    measured to answer small gets at half their rate so.
+    BBR sends no faster than what it takes for the rate of a link, which is less than that of memory. Reno
+    has to be chosen before: a connection that has begun with BBR stays paced. For clients only: nodes that
+    did the same were measured to answer small gets at half the rate.
     """
     with contextlib.suppress(OSError), socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
@@ -55,7 +56,7 @@ def connect_unpaced(sock: socket.socket, address: Any) -> None:
 
 
 def is_to_own_host(sock: socket.socket) -> bool:
-    """Whether the peer of a connected socket is on this very host. Raises OSError."""
+    """Whether both ends of a connected socket have one address, be it a tunnel's. Raises OSError."""
     same: bool = sock.getpeername()[0] == sock.getsockname()[0]
     return same
 

@@ -80,7 +80,7 @@ class Exchange:
         batch.pieces = first.addresses.shape[1]
         batch.piece_bytes = piece_bytes
         batch.put = not isinstance(first.request, Pull)
-        batch.near = all(call.control.is_near for call in calls)
+        batch.near = all(call.control.is_on_own_host for call in calls)
         batch.hash = library.xxh3 if digest else library.ffi.NULL
         batch.timeout_ns = max(0, int((deadline - time.monotonic()) * 1e9))
         if library.batch.polar_exchange(batch) != library.batch.POLAR_DONE:

@@ -262,7 +262,7 @@ def test_waiting_for_a_node_that_stalls_takes_little_of_a_processor():
 
     with scripted_node(serve) as address, connect(address) as control:
         load_library()  # which takes longer
-        control.is_near = True  # it is waited for without sleep at first
+        control.is_on_own_host = True  # it is waited for without sleep at first
         started = time.thread_time()
         assert isinstance(call(control, Pull(1, keys(2), BLOCK), Memory(2), deadline_s=0.5), NodeError)
         assert time.thread_time() - started < 0.1

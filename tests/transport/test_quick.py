@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, connect_unpaced
+from polarkv_sglang.transport.quick import QuickSocket, bound_send_buffer, connect_unpaced, is_to_own_host
 from tests.support import running_node
 
 BUFFER_BYTES = 4096
@@ -119,7 +119,14 @@ def test_a_client_sends_to_this_very_host_by_reno():
     with running_node("4MiB") as node, node.connect() as control:
         control.start_streaming(5.0)
         assert _congestion_control(control._socket) == b"reno"
-        assert control.is_near
+        assert control.is_on_own_host
+
+
+def test_what_goes_to_another_address_keeps_the_congestion_control_of_the_host():
+    with socket.create_server(("127.0.0.2", 0)) as server, socket.socket() as sock, socket.socket() as usual:
+        connect_unpaced(sock, server.getsockname())  # from 127.0.0.1
+        assert not is_to_own_host(sock)
+        assert _congestion_control(sock) == _congestion_control(usual)
 
 
 def _congestion_control(sock: socket.socket) -> bytes:
