@@ -90,8 +90,8 @@ static void wait_for(int fd, short events, int64_t deadline_ns) {
 
 /* Waits for bytes, without sleep at first if the peer is on this host. */
 static void wait_for_bytes(const polar_delivery *delivery, int64_t deadline_ns) {
-    int64_t until_ns = delivery->spin_ns ? now_ns() + delivery->spin_ns : 0;
-    while (until_ns && now_ns() < until_ns) {
+    int64_t until_ns = now_ns() + delivery->spin_ns;
+    while (now_ns() < until_ns) {
         if (poll(&(struct pollfd){.fd = delivery->fd, .events = POLLIN}, 1, 0)) return;
         sched_yield(); /* the peer may be waiting for this very core */
     }

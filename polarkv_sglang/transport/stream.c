@@ -24,7 +24,7 @@
 enum {
     RANGES = 64,           /* most that one system call moves */
     BURST = 256 * 1024,    /* bytes that it moves at most: what is hashed before it or after it is in a cache */
-    SPIN_NS = 300 * 1000,  /* a peer is waited for so long without sleep: most take less, and being woken 60 to 100 us */
+    SPIN_NS = 300 * 1000,  /* a peer is waited for so long without sleep: most take less, being woken 100 us */
     SIZE_BYTES = 4,        /* of a frame's header */
     LENGTH_BYTES = 8,      /* of what says how many bytes of blocks follow a reply */
     LEND_BYTES = 2 << 20,  /* from so many on a peer's blocks are lent to the socket: copying fewer is quicker */
